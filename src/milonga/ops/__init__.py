@@ -1,0 +1,1 @@
+"""Mathematics on tensors: no nn.Module, no config, no global."""

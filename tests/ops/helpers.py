@@ -1,0 +1,45 @@
+"""What every op's test does: compare outputs and all gradients with the reference in float64."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+
+def relative_rms(value: Tensor, reference: Tensor) -> float:
+    """Root mean square of the difference over that of the reference (0 where both are empty or zero)."""
+    reference = reference.double()
+    difference = (value.double() - reference).square().mean() if reference.numel() else torch.zeros(())
+    size = reference.square().mean() if reference.numel() else torch.zeros(())
+    if float(difference) == 0.0:
+        return 0.0
+    return float((difference / size.clamp_min(1e-300)).sqrt())
+
+
+def outputs_and_gradients(
+    op: Callable[..., Sequence[Tensor]], inputs: Sequence[Tensor], upstream: Sequence[Tensor] | None = None
+) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """-> (outputs, upstream gradients used, gradient of every input)."""
+    leaves = [value.detach().clone().requires_grad_() for value in inputs]
+    outputs = list(op(*leaves))
+    if upstream is None:
+        upstream = [torch.randn(out.shape, dtype=torch.float64) for out in outputs]
+    gradients = torch.autograd.grad(outputs, leaves, [g.to(o.dtype) for g, o in zip(upstream, outputs, strict=True)])
+    return [o.detach() for o in outputs], list(upstream), list(gradients)
+
+
+def assert_matches(
+    fast: Callable[..., Sequence[Tensor]],
+    reference: Callable[..., Sequence[Tensor]],
+    inputs: Sequence[Tensor],
+    bound: float,
+) -> None:
+    """`fast` on fp32 `inputs` agrees with `reference` on the same values in float64: outputs and every gradient."""
+    outputs, upstream, gradients = outputs_and_gradients(reference, [v.double() for v in inputs])
+    fast_outputs, _, fast_gradients = outputs_and_gradients(fast, [v.float() for v in inputs], upstream)
+    for index, (got, expected) in enumerate(zip(fast_outputs, outputs, strict=True)):
+        assert relative_rms(got, expected) <= bound, f"output {index}: {relative_rms(got, expected):.2e} > {bound:.0e}"
+    for index, (got, expected) in enumerate(zip(fast_gradients, gradients, strict=True)):
+        assert relative_rms(got, expected) <= bound, (
+            f"gradient of input {index}: {relative_rms(got, expected):.2e} > {bound:.0e}"
+        )

@@ -1,0 +1,78 @@
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from milonga.ops.rms_norm import ERROR_BOUND, rms_norm, rms_norm_reference
+from tests.ops.helpers import assert_matches, relative_rms
+
+
+@given(st.integers(0, 150), st.integers(1, 70), st.integers(0, 2**31))
+def test_matches_reference(count: int, width: int, seed: int) -> None:
+    torch.manual_seed(seed)
+    inputs = [torch.randn(count, width), torch.randn(width)]
+    assert_matches(
+        lambda x, w: [rms_norm(x, w, backend="cpu")], lambda x, w: [rms_norm_reference(x, w, 1e-5)], inputs, ERROR_BOUND
+    )
+
+
+def test_strided_slice_is_not_misread() -> None:
+    wide = torch.randn(3, 40, 64)
+    x = wide[..., 16:48]
+    weight = torch.randn(32)
+    assert relative_rms(rms_norm(x, weight), rms_norm(x.contiguous(), weight)) == 0.0
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_keeps_dtype(dtype: torch.dtype) -> None:
+    x = torch.randn(5, 24).to(dtype)
+    y = rms_norm(x, torch.ones(24))
+    assert y.dtype == dtype
+    assert relative_rms(y, rms_norm_reference(x.double(), torch.ones(24), 1e-5)) < 5e-3
+
+
+def test_nan_comes_out() -> None:
+    x = torch.randn(4, 8)
+    x[2, 3] = float("nan")
+    y = rms_norm(x, torch.ones(8))
+    assert y[2].isnan().all() and not y[[0, 1, 3]].isnan().any()
+
+
+def test_thread_count_does_not_matter() -> None:
+    x, w = torch.randn(3000, 96), torch.randn(96)
+    results = []
+    before = torch.get_num_threads()
+    for threads in (1, 2, 5):
+        torch.set_num_threads(threads)
+        leaf = w.clone().requires_grad_()
+        rms_norm(x, leaf).sin().sum().backward()
+        results.append(leaf.grad)
+    torch.set_num_threads(before)
+    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+
+
+def test_one_signature_each() -> None:
+    rms_norm(torch.randn(4, 8, requires_grad=True), torch.ones(8)).sum().backward()
+    rms_norm(torch.randn(2, 4, 16)[..., :8], torch.ones(8))
+    from milonga.ops.rms_norm import cpu
+
+    assert len(cpu._forward.signatures) == 1 and len(cpu._backward.signatures) == 1
+
+
+def test_compiles_without_graph_break() -> None:
+    compiled = torch.compile(lambda x, w: rms_norm(x, w).sum(), backend="aot_eager", fullgraph=True)
+    x, w = torch.randn(4, 8, requires_grad=True), torch.randn(8, requires_grad=True)
+    expected = torch.autograd.grad(rms_norm(x, w).sum(), (x, w))
+    got = torch.autograd.grad(compiled(x, w), (x, w))
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
+@pytest.mark.parametrize("backend", ["triton", "cuda"])
+def test_impossible_backend_is_an_error(backend: str) -> None:
+    with pytest.raises(ValueError, match="rms_norm"):
+        rms_norm(torch.randn(4, 8), torch.ones(8), backend=backend)
+
+
+def test_wrong_weight_is_an_error() -> None:
+    with pytest.raises(ValueError, match="expected \\[8\\], got \\[7\\]"):
+        rms_norm(torch.randn(4, 8), torch.ones(7))
