@@ -1,0 +1,1 @@
+"""From text to batches: codecs, readers, corpora, windows, packing."""
