@@ -1,0 +1,79 @@
+"""The loss of a linear classifier, without holding the logits of every row at once."""
+
+import torch
+from torch import Tensor
+
+from milonga.ops.backend import choice
+from milonga.ops.linear_cross_entropy.reference import linear_cross_entropy_reference
+
+# Bound of the relative RMS error of the losses and of each gradient against the float64 reference, fp32 inputs.
+ERROR_BOUND = 2e-6
+# Bytes of fp32 logits that a chunk of rows may have.
+CHUNK_BYTES = 1 << 24
+
+
+def linear_cross_entropy(
+    x: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None = None,
+    ignore_index: int = -100,
+    chunk: int | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """`-log softmax(x weight^T + bias)[target]` of each row, in nats.
+
+    Logits are computed for `chunk` rows at a time, and again in the backward pass.
+
+    Args:
+        x: `[..., D]`, float32, bfloat16, float16 or float64.
+        weight: `[V, D]`; it is widened to fp32 at least, as x is.
+        targets: int64 `[...]`, each in 0 .. V - 1 or `ignore_index`.
+        bias: `[V]` or None.
+        ignore_index: the target of rows that count for nothing: loss 0, no gradient.
+        chunk: rows at a time (>= 1); None for as many as have 16 MiB of fp32 logits.
+        backend: `auto`, `reference`, `cpu` or `triton`.
+
+    Returns:
+        losses `[...]`, float32 (float64 where x is). Relative RMS error against float64 with fp32 inputs: at most
+        `ERROR_BOUND`.
+
+    Raises:
+        ValueError: if the shapes do not fit, a target is out of range (not checked by the reference on a GPU or under
+            a compiler), `chunk` is below 1, or the backend cannot run here.
+    """
+    if weight.ndim != 2 or x.ndim < 1 or x.shape[-1] != weight.shape[1]:
+        raise ValueError(
+            f"linear_cross_entropy: weight must be [V, D], expected [V, {x.shape[-1] if x.ndim else 'D'}], "
+            f"got {list(weight.shape)}"
+        )
+    if targets.shape != x.shape[:-1] or targets.dtype != torch.int64:
+        raise ValueError(
+            f"linear_cross_entropy: targets must be int64 [...], expected {list(x.shape[:-1])}, "
+            f"got {targets.dtype} {list(targets.shape)}"
+        )
+    vocabulary = weight.shape[0]
+    if bias is not None and bias.shape != (vocabulary,):
+        raise ValueError(f"linear_cross_entropy: bias must be [V], expected [{vocabulary}], got {list(bias.shape)}")
+    if chunk is None:
+        chunk = max(1, CHUNK_BYTES // (4 * max(vocabulary, 1)))
+    if chunk < 1:
+        raise ValueError(f"linear_cross_entropy: chunk must be at least 1, got {chunk}")
+    choice("linear_cross_entropy", backend, x.device.type, x.dtype)
+    if targets.device.type == "cpu" and not torch.compiler.is_compiling():
+        check_targets(targets, vocabulary, ignore_index)
+    return linear_cross_entropy_reference(x, weight, targets, bias, ignore_index, chunk)
+
+
+def check_targets(targets: Tensor, vocabulary: int, ignore_index: int) -> None:
+    """Raise `ValueError` unless every target is below `vocabulary` and not negative, or `ignore_index`."""
+    wrong = ((targets < 0) | (targets >= vocabulary)) & (targets != ignore_index)
+    if bool(wrong.any()):
+        raise ValueError(
+            f"linear_cross_entropy: targets must lie in 0 .. {vocabulary - 1} or be {ignore_index}, "
+            f"got {int(targets[wrong][0])}"
+        )
+
+
+__all__ = ["ERROR_BOUND", "linear_cross_entropy", "linear_cross_entropy_reference"]

@@ -1,0 +1,37 @@
+"""The gated product inside a SwiGLU layer."""
+
+from torch import Tensor
+
+from milonga.ops.backend import choice
+from milonga.ops.swiglu.reference import swiglu_reference
+
+# Bound of the relative RMS error of the output and of each gradient against the float64 reference, fp32 inputs.
+ERROR_BOUND = 1e-6
+
+
+def swiglu(gate: Tensor, up: Tensor, *, backend: str = "auto") -> Tensor:
+    """`silu(gate) * up`, elementwise, where `silu(g) = g / (1 + exp(-g))`.
+
+    Args:
+        gate: `[..., F]`, float32, bfloat16, float16 or float64. May be one half of a fused projection.
+        up: shape and dtype of gate; may be the other half.
+        backend: `auto`, `reference`, `cpu` or `triton`.
+
+    Returns:
+        `[..., F]`, contiguous, dtype of gate, computed in at least fp32. Relative RMS error against float64 with fp32
+        inputs: at most `ERROR_BOUND`.
+
+    Raises:
+        ValueError: if shapes or dtypes differ, or the backend cannot run here.
+
+    Source: Shazeer, "GLU Variants Improve Transformer" (2020).
+    """
+    if up.shape != gate.shape or up.dtype != gate.dtype:
+        raise ValueError(
+            f"swiglu: up must be like gate, expected {gate.dtype} {list(gate.shape)}, got {up.dtype} {list(up.shape)}"
+        )
+    choice("swiglu", backend, gate.device.type, gate.dtype)
+    return swiglu_reference(gate, up)
+
+
+__all__ = ["ERROR_BOUND", "swiglu", "swiglu_reference"]
