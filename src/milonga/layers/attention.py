@@ -1,0 +1,208 @@
+"""Causal attention over a window or over everything, with rotary positions or none, grouped keys, optional convolution."""
+
+from typing import Literal, NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from pydantic import Field, PositiveFloat, PositiveInt
+from torch import Tensor, nn
+
+from milonga.layers.base import Keep, Layer, LayerConfig, keep_per_sequence, last_columns
+from milonga.ops.causal_conv import causal_conv
+from milonga.ops.rotary import rotary
+from milonga.ops.window_attention import window_attention
+from milonga.segments import Segments, sequence_bounds, sequence_count
+
+# Slots that a full-attention buffer starts with; it doubles when full.
+FIRST_CAPACITY = 64
+
+
+class AttentionConfig(LayerConfig):
+    """H query heads of width K share G key heads. `window` counts the query's own key; None is full causal attention."""
+
+    kind: Literal["attention"] = "attention"
+    heads: PositiveInt
+    kv_heads: PositiveInt | None = None  # None: as many as heads
+    head_dim: PositiveInt | None = None  # None: d_model / heads
+    window: PositiveInt | None = None
+    rope_base: PositiveFloat | None = 10000.0  # None: no positions at all
+    short_conv: int | None = Field(None, ge=2, le=8)  # width of a depthwise convolution with SiLU on q, k and v
+
+    def shape(self, d_model: int) -> tuple[int, int, int]:
+        """(H, G, K).
+
+        Raises:
+            ValueError: if heads do not divide, or rotary positions meet an odd K.
+        """
+        groups = self.kv_heads or self.heads
+        if self.heads % groups:
+            raise ValueError(f"attention: kv_heads must divide heads, got heads {self.heads} and kv_heads {groups}")
+        if self.head_dim is None and d_model % self.heads:
+            raise ValueError(
+                f"attention: heads must divide d_model, got heads {self.heads} and d_model {d_model} (or set head_dim)"
+            )
+        width = self.head_dim or d_model // self.heads
+        if self.rope_base is not None and width % 2:
+            raise ValueError(
+                f"attention: rotary positions need an even head_dim, got {width} (or set rope_base to null)"
+            )
+        return self.heads, groups, width
+
+    def build(self, d_model: int) -> "Attention":
+        """As `LayerConfig.build`."""
+        return Attention(d_model, self)
+
+    def parameter_count(self, d_model: int) -> int:
+        """As `LayerConfig.parameter_count`."""
+        heads, groups, width = self.shape(d_model)
+        fused = (heads + 2 * groups) * width
+        return d_model * fused + heads * width * d_model + fused * (self.short_conv or 0)
+
+    def flops_per_token(self, d_model: int, context: float) -> float:
+        """As `LayerConfig.flops_per_token`: projections, scores and weighted sum over the keys in sight."""
+        heads, groups, width = self.shape(d_model)
+        fused = (heads + 2 * groups) * width
+        keys = context + 1 if self.window is None else min(context + 1, self.window)
+        return (
+            2.0 * d_model * fused
+            + 2.0 * heads * width * d_model
+            + 4.0 * heads * width * keys
+            + (2.0 * fused * (self.short_conv or 0))
+        )
+
+
+class AttentionState(NamedTuple):
+    """The keys and values in sight, and where the text stands.
+
+    The key of position p lies in slot p mod P. For a window of w, P = w - 1 for ever; for full attention P is a capacity
+    that doubles when full: the one state that grows with the text.
+    """
+
+    k: Float[Tensor, "S P G K"]  # rotated
+    v: Float[Tensor, "S P G K"]
+    position: Int[Tensor, " S"]  # int64: steps read so far
+    conv: Float[Tensor, "S C F"]  # columns before the short convolution; no columns without one
+
+
+class AttentionTrace(NamedTuple):
+    """What a piece adds."""
+
+    k: Float[Tensor, "B T G K"]
+    v: Float[Tensor, "B T G K"]
+    columns: Float[Tensor, "B T F"]  # inputs of the short convolution
+    segments: Segments | None
+
+
+class Attention(Layer):
+    """Samba, section 2.1.2: softmax attention of a window, rotary positions over the whole head."""
+
+    residual_output = "out_proj.weight"
+
+    def __init__(self, d_model: int, config: AttentionConfig):
+        super().__init__()
+        self.config = config
+        self.heads, self.groups, self.width = config.shape(d_model)
+        fused = (self.heads + 2 * self.groups) * self.width
+        self.qkv_proj = nn.Linear(d_model, fused, bias=False)
+        self.out_proj = nn.Linear(self.heads * self.width, d_model, bias=False)
+        if config.short_conv:
+            bound = 1 / config.short_conv**0.5
+            self.conv_weight = nn.Parameter(torch.empty(fused, config.short_conv).uniform_(-bound, bound))
+            self.own_init = ("conv_weight",)
+
+    def _conv(self, columns: Tensor, state: AttentionState | None, segments: Segments | None) -> Tensor:
+        initial = state.conv.to(columns.dtype) if state is not None else None
+        return causal_conv(columns, self.conv_weight, None, initial=initial, segments=segments)[0]
+
+    def advance(
+        self, x: Float[Tensor, "B T D"], state: AttentionState | None, segments: Segments | None = None
+    ) -> tuple[Float[Tensor, "B T D"], AttentionTrace]:
+        """As `Layer.advance`."""
+        batch, time, _ = x.shape
+        columns = self.qkv_proj(x)
+        qkv = self._conv(columns, state, segments) if self.config.short_conv else columns
+        heads = qkv.view(batch, time, self.heads + 2 * self.groups, self.width)
+        qk, v = heads.split([self.heads + self.groups, self.groups], dim=2)
+        start = state.position if state is not None else None
+        if self.config.rope_base is not None:
+            qk = rotary(qk, self._positions(batch, time, start, segments, x.device), base=self.config.rope_base)
+        q, k = qk.split([self.heads, self.groups], dim=2)
+        past_k, past_v = (state.k.to(k.dtype), state.v.to(v.dtype)) if state is not None else (None, None)
+        y = window_attention(
+            q, k, v, window=self.config.window, past_k=past_k, past_v=past_v, position=start, segments=segments
+        )
+        return self.out_proj(y.flatten(2)), AttentionTrace(k, v, columns, segments)
+
+    @staticmethod
+    def _positions(
+        batch: int, time: int, start: Tensor | None, segments: Segments | None, device: torch.device
+    ) -> Tensor:
+        """Absolute position of every step, int64: `[T]` where all rows agree, else `[B T]`."""
+        steps = torch.arange(time, device=device)
+        if segments is not None:
+            lengths = segments.lengths.to(device)
+            offsets = segments.on(device)[:-1]
+            shift = -offsets if start is None else start - offsets
+            return (steps + torch.repeat_interleave(shift, lengths, output_size=time)).unsqueeze(0)
+        return steps if start is None else start[:, None] + steps
+
+    def commit(self, state: AttentionState | None, trace: AttentionTrace, keep: Keep | None = None) -> AttentionState:
+        """As `Layer.commit`."""
+        batch, time = trace.k.shape[:2]
+        bounds = sequence_bounds(batch, time, trace.segments)
+        steps = keep_per_sequence(keep, bounds.diff())
+        if state is None:
+            rows = sequence_count(batch, trace.segments)
+            state = self.init_state(rows, device=trace.k.device, dtype=trace.k.dtype)
+        kept = steps.to(trace.k.device)
+        state = self._with_room(state, kept)
+        starts = bounds[:-1].to(trace.k.device)
+        k, v = (_write_ring(r, n, state.position, kept, starts) for r, n in ((state.k, trace.k), (state.v, trace.v)))
+        conv = last_columns(state.conv, trace.columns, steps, trace.segments)
+        return AttentionState(k, v, state.position + kept, conv)
+
+    def _with_room(self, state: AttentionState, kept: Tensor) -> AttentionState:
+        """For full attention: the same state with capacity for `kept` more steps, doubled as often as needed."""
+        if self.config.window is not None or kept.numel() == 0:
+            return state
+        needed, capacity = int((state.position + kept).max()), max(state.k.shape[1], FIRST_CAPACITY)
+        while capacity < needed:
+            capacity *= 2
+        extra = capacity - state.k.shape[1]
+        if extra == 0:
+            return state
+        pads = [r.new_zeros(r.shape[0], extra, *r.shape[2:]) for r in (state.k, state.v)]
+        return state._replace(k=torch.cat([state.k, pads[0]], 1), v=torch.cat([state.v, pads[1]], 1))
+
+    def init_state(
+        self, batch: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> AttentionState:
+        """As `Layer.init_state`: a ring of w - 1 empty slots, or for full attention a buffer without capacity yet."""
+        weight = self.qkv_proj.weight
+        device, dtype = device or weight.device, dtype or weight.dtype
+        slots = 0 if self.config.window is None else self.config.window - 1
+        ring = torch.zeros(batch, slots, self.groups, self.width, device=device, dtype=dtype)
+        columns = (self.config.short_conv or 1) - 1
+        return AttentionState(
+            ring,
+            torch.zeros_like(ring),
+            torch.zeros(batch, dtype=torch.int64, device=device),
+            torch.zeros(batch, columns, weight.shape[0] if columns else 0, device=device, dtype=dtype),
+        )
+
+
+def _write_ring(ring: Tensor, new: Tensor, position: Tensor, kept: Tensor, starts: Tensor) -> Tensor:
+    """The ring `[S P G K]` after the first `kept[s]` new steps of each sequence.
+
+    Slot j ends up with the newest position p that is j modulo P. A gather rather than a scatter: no two steps write to
+    one place, and gradients flow to old and new alike.
+    """
+    slots = ring.shape[1]
+    flat = new.flatten(0, 1)
+    if slots == 0 or flat.shape[0] == 0:
+        return ring.clone()
+    last = (position + kept - 1)[:, None]
+    newest = last - torch.remainder(last - torch.arange(slots, device=ring.device), slots)
+    fresh = newest >= position[:, None]
+    index = (starts[:, None] + (newest - position[:, None]).clamp_min(0)).clamp_max(flat.shape[0] - 1)
+    return torch.where(fresh[..., None, None], flat[index].to(ring.dtype), ring)

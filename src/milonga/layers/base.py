@@ -1,0 +1,140 @@
+"""What a layer is: a function `(x, state) -> (y, state)` with two primitives, `advance` and `commit`."""
+
+from collections.abc import Callable, Iterator
+from typing import Any, ClassVar
+
+import torch
+from jaxtyping import Float, Int
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor, nn
+
+from milonga.segments import Segments, sequence_bounds
+from milonga.state import State
+
+Trace = Any  # what one piece of text added; each layer has its own NamedTuple
+Keep = int | Int[Tensor, " S"]  # how many steps of a piece to keep: one number, or one per sequence
+
+
+class LayerConfig(BaseModel):
+    """Settings of one kind of layer. Subclasses add `kind: Literal["name"] = "name"` and build their layer."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    def build(self, d_model: int) -> "Layer":
+        """The layer for a residual stream of width `d_model`, with its own initialisation.
+
+        Raises:
+            ValueError: if the settings do not fit `d_model`.
+        """
+        raise NotImplementedError
+
+    def parameter_count(self, d_model: int) -> int:
+        """Parameters of the built layer (its norm is counted by the model)."""
+        raise NotImplementedError
+
+    def flops_per_token(self, d_model: int, context: float) -> float:
+        """Multiply-adds times two of one forward step, when `context` earlier steps can be seen on average."""
+        raise NotImplementedError
+
+
+class KeepFp32(nn.Module):
+    """A module whose parameters never go below fp32.
+
+    `module.bfloat16()` and `module.to(torch.bfloat16)` move every other parameter and leave these exact. They sit in a
+    module of their own because one FSDP group has one dtype.
+    """
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        def guarded(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            narrow = moved.is_floating_point() and moved.element_size() < 4
+            return tensor.to(moved.device) if narrow else moved
+
+        return super()._apply(guarded, recurse)
+
+
+class Layer(nn.Module):
+    """One layer of the residual stack: `x = x + layer(norm(x))`; norm and residual belong to the model.
+
+    Subclasses give `advance`, `commit` and `init_state`; `forward` is written once, here.
+    """
+
+    no_decay: ClassVar[tuple[str, ...]] = ()  # parameter names that weight decay leaves alone
+    own_init: ClassVar[tuple[str, ...]] = ()  # parameter names that a model-wide initialisation leaves alone
+    residual_output: ClassVar[str]  # name of the weight that writes into the residual stream
+
+    def advance(
+        self, x: Float[Tensor, "B T D"], state: State | None, segments: Segments | None = None
+    ) -> tuple[Float[Tensor, "B T D"], Trace]:
+        """Read a piece of text after `state`, writing nothing: -> (output `[B T D]`, trace).
+
+        The trace holds what the piece adds to the state; `commit` turns it into the next state. `state=None` is the
+        empty state. With segments the batch is packed `[1 T D]` and the state has a row per sequence.
+        """
+        raise NotImplementedError
+
+    def commit(self, state: State | None, trace: Trace, keep: Keep | None = None) -> State:
+        """The state after the traced piece, or after its first `keep` steps (one number, or one per sequence). Pure."""
+        raise NotImplementedError
+
+    def init_state(
+        self, batch: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> State:
+        """The empty state of `batch` sequences. `dtype` is that of activations; recurrent sums stay at least fp32."""
+        raise NotImplementedError
+
+    def forward(
+        self, x: Float[Tensor, "B T D"], state: State | None = None, segments: Segments | None = None
+    ) -> tuple[Float[Tensor, "B T D"], State]:
+        """Read a piece of text: -> (output `[B T D]`, the state after it)."""
+        y, trace = self.advance(x, state, segments)
+        return y, self.commit(state, trace)
+
+    def named_no_decay(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """The parameters that weight decay leaves alone, checked to exist."""
+        for name in self.no_decay:
+            yield name, self.get_parameter(name)
+
+
+def keep_per_sequence(keep: Keep | None, lengths: Tensor) -> Tensor:
+    """`keep` as int64 `[S]` on the CPU, checked against the lengths of the traced pieces.
+
+    Raises:
+        ValueError: if a number is negative, longer than its piece, or if there is not one per sequence.
+    """
+    if keep is None:
+        return lengths
+    wanted = torch.as_tensor(keep, dtype=torch.int64).cpu()
+    if wanted.ndim == 0:
+        wanted = torch.minimum(wanted.expand(lengths.shape), lengths) if int(wanted) >= 0 else wanted.expand(1)
+    if wanted.shape != lengths.shape:
+        raise ValueError(f"commit: keep must be one number or one per sequence [{lengths.numel()}], got {keep}")
+    if bool((wanted < 0).any()) or bool((wanted > lengths).any()):
+        raise ValueError(f"commit: keep must lie in 0..{lengths.tolist()[:8]}, got {wanted.tolist()[:8]}")
+    return wanted
+
+
+def kept_steps(x: Tensor, keep: Tensor, segments: Segments | None) -> tuple[Tensor, Segments]:
+    """The first `keep[s]` steps of every sequence of `x` `[B T ...]`, packed: -> (`[1 sum(keep) ...]`, its segments)."""
+    bounds = sequence_bounds(x.shape[0], x.shape[1], segments)
+    packed = Segments(torch.cat([torch.zeros(1, dtype=torch.int64), keep.cumsum(0)]))
+    shift = torch.repeat_interleave(bounds[:-1] - packed.offsets[:-1], keep)
+    index = (torch.arange(packed.total) + shift).to(x.device)
+    return x.flatten(0, 1).index_select(0, index).unsqueeze(0), packed
+
+
+def last_columns(
+    history: Float[Tensor, "S P C"], new: Float[Tensor, "B T C"], keep: Tensor, segments: Segments | None
+) -> Float[Tensor, "S P C"]:
+    """The last P columns of each sequence after its first `keep` new ones: what a convolution needs of the past."""
+    columns = history.shape[1]
+    if columns == 0 or new.shape[0] * new.shape[1] == 0:
+        return history.clone()
+    starts = sequence_bounds(new.shape[0], new.shape[1], segments)[:-1]
+    wanted = keep[:, None] + torch.arange(columns) - columns  # index into the piece; negative: into the history
+    fresh = (wanted >= 0).to(new.device)
+    from_new = (starts[:, None] + wanted.clamp_min(0)).clamp_max(new.shape[0] * new.shape[1] - 1).to(new.device)
+    from_old = (wanted + columns).clamp(0, columns - 1).to(new.device)
+    taken = new.flatten(0, 1)[from_new]
+    kept = history.gather(1, from_old[..., None].expand(-1, -1, history.shape[2]))
+    return torch.where(fresh[..., None], taken.to(history.dtype), kept)

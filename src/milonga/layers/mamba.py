@@ -1,0 +1,162 @@
+"""The Mamba layer (S6), exactly as in Samba section 2.1.1 and MambaByte section 2."""
+
+import math
+from typing import Literal, NamedTuple
+
+import torch
+from jaxtyping import Float, Float32, Float64
+from pydantic import Field, PositiveInt
+from torch import Tensor, nn
+
+from milonga.layers.base import Keep, KeepFp32, Layer, LayerConfig, keep_per_sequence, kept_steps, last_columns
+from milonga.ops.causal_conv import causal_conv
+from milonga.ops.selective_scan import selective_scan
+from milonga.segments import Segments, sequence_bounds, sequence_count
+
+
+class MambaConfig(LayerConfig):
+    """Inner width E = expand * D, N states a channel, convolution of d_conv steps, dt from dt_rank numbers."""
+
+    kind: Literal["mamba"] = "mamba"
+    d_state: int = Field(16, ge=1, le=64)
+    d_conv: int = Field(4, ge=1, le=8)
+    expand: PositiveInt = 2
+    dt_rank: PositiveInt | None = None  # None: ceil(d_model / 16)
+    dt_min: float = Field(1e-3, gt=0)
+    dt_max: float = Field(1e-1, gt=0)
+    dt_floor: float = Field(1e-4, gt=0)
+
+    def rank(self, d_model: int) -> int:
+        """Width of the bottleneck that dt comes from."""
+        return self.dt_rank or math.ceil(d_model / 16)
+
+    def build(self, d_model: int) -> "Mamba":
+        """As `LayerConfig.build`."""
+        return Mamba(d_model, self)
+
+    def parameter_count(self, d_model: int) -> int:
+        """As `LayerConfig.parameter_count`."""
+        inner, rank, states = self.expand * d_model, self.rank(d_model), self.d_state
+        projections = 3 * d_model * inner + inner * (rank + 2 * states) + rank * inner
+        return projections + inner * (self.d_conv + 1) + inner * (states + 2)
+
+    def flops_per_token(self, d_model: int, context: float) -> float:
+        """As `LayerConfig.flops_per_token`: products, convolution, and 7 operations per state and step of the scan."""
+        inner, rank, states = self.expand * d_model, self.rank(d_model), self.d_state
+        products = 3 * d_model * inner + inner * (rank + 2 * states) + rank * inner
+        return 2.0 * products + 2.0 * inner * self.d_conv + 7.0 * inner * states
+
+
+class MambaState(NamedTuple):
+    """The columns before the next convolution, and the recurrent state."""
+
+    conv: Float[Tensor, "S W-1 E"]
+    ssm: Float32[Tensor, "S E N"] | Float64[Tensor, "S E N"]
+
+
+class MambaTrace(NamedTuple):
+    """What a piece adds. The last three are what a replay of its first steps needs."""
+
+    columns: Float[Tensor, "B T E"]  # inputs of the convolution
+    final: MambaState
+    x: Float[Tensor, "B T E"]
+    dt: Float[Tensor, "B T E"]  # before bias and softplus
+    B: Float[Tensor, "B T N"]
+    segments: Segments | None
+
+
+class ScanParameters(KeepFp32):
+    """A_log `[E N]`, D `[E]` and dt's bias `[E]`: fp32 in every mode."""
+
+    def __init__(self, inner: int, states: int):
+        super().__init__()
+        self.A_log = nn.Parameter(torch.empty(inner, states))
+        self.D = nn.Parameter(torch.empty(inner))
+        self.dt_bias = nn.Parameter(torch.empty(inner))
+
+
+class Mamba(Layer):
+    """Gu and Dao, "Mamba" (2023): projection, short convolution, selective scan, gate, projection."""
+
+    no_decay = ("scan.A_log", "scan.D", "scan.dt_bias", "conv_bias")
+    own_init = ("dt_proj.weight", "conv_weight", "conv_bias", "scan.A_log", "scan.D", "scan.dt_bias")
+    residual_output = "out_proj.weight"
+
+    def __init__(self, d_model: int, config: MambaConfig):
+        super().__init__()
+        inner, rank, states = config.expand * d_model, config.rank(d_model), config.d_state
+        self.config = config
+        self.inner, self.split_sizes = inner, (rank, states, states)
+        self.in_proj = nn.Linear(d_model, 2 * inner, bias=False)
+        self.conv_weight = nn.Parameter(torch.empty(inner, config.d_conv))
+        self.conv_bias = nn.Parameter(torch.empty(inner))
+        self.x_proj = nn.Linear(inner, rank + 2 * states, bias=False)
+        self.dt_proj = nn.Linear(rank, inner, bias=False)
+        self.scan = ScanParameters(inner, states)
+        self.out_proj = nn.Linear(inner, d_model, bias=False)
+        self._init_own()
+
+    @torch.no_grad()
+    def _init_own(self) -> None:
+        """The parts a model-wide initialisation leaves alone: S4D-real A, D = 1, dt log-uniform, convolution as PyTorch's."""
+        config, rank = self.config, self.split_sizes[0]
+        bound = 1 / math.sqrt(config.d_conv)
+        self.conv_weight.uniform_(-bound, bound)
+        self.conv_bias.uniform_(-bound, bound)
+        self.dt_proj.weight.uniform_(-(rank**-0.5), rank**-0.5)
+        self.scan.A_log.copy_(torch.arange(1, config.d_state + 1).log().expand_as(self.scan.A_log))
+        self.scan.D.fill_(1.0)
+        low, high = math.log(config.dt_min), math.log(config.dt_max)
+        dt = (torch.rand_like(self.scan.dt_bias) * (high - low) + low).exp().clamp_min(config.dt_floor)
+        self.scan.dt_bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # softplus of this bias is dt
+
+    def advance(
+        self, x: Float[Tensor, "B T D"], state: MambaState | None, segments: Segments | None = None
+    ) -> tuple[Float[Tensor, "B T D"], MambaTrace]:
+        """As `Layer.advance`."""
+        columns, z = self.in_proj(x).chunk(2, dim=-1)
+        conv_initial, ssm_initial = state if state is not None else (None, None)
+        if conv_initial is not None:
+            conv_initial = conv_initial.to(columns.dtype)
+        u, conv_final = causal_conv(columns, self.conv_weight, self.conv_bias, initial=conv_initial, segments=segments)
+        dt, B, C = self.x_proj(u).split(self.split_sizes, dim=-1)
+        dt = self.dt_proj(dt)
+        y, ssm_final = selective_scan(
+            u,
+            dt,
+            -torch.exp(self.scan.A_log),
+            B,
+            C,
+            D=self.scan.D,
+            z=z,
+            dt_bias=self.scan.dt_bias,
+            initial=ssm_initial,
+            segments=segments,
+        )
+        return self.out_proj(y), MambaTrace(columns, MambaState(conv_final, ssm_final), u, dt, B, segments)
+
+    def commit(self, state: MambaState | None, trace: MambaTrace, keep: Keep | None = None) -> MambaState:
+        """As `Layer.commit`. With `keep`, the accepted steps are replayed from the trace, not run again."""
+        if keep is None:
+            return trace.final
+        batch, time = trace.x.shape[:2]
+        steps = keep_per_sequence(keep, sequence_bounds(batch, time, trace.segments).diff())
+        if state is None:
+            rows = sequence_count(batch, trace.segments)
+            state = self.init_state(rows, device=trace.x.device, dtype=trace.x.dtype)
+        x, packed = kept_steps(trace.x, steps, trace.segments)
+        dt, _ = kept_steps(trace.dt, steps, trace.segments)
+        B, _ = kept_steps(trace.B, steps, trace.segments)
+        A = -torch.exp(self.scan.A_log)
+        _, ssm = selective_scan(x, dt, A, B, B, dt_bias=self.scan.dt_bias, initial=state.ssm, segments=packed)
+        return MambaState(last_columns(state.conv, trace.columns, steps, trace.segments), ssm)
+
+    def init_state(
+        self, batch: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> MambaState:
+        """As `Layer.init_state`: zeros; the recurrent state fp32 (float64 where the layer is)."""
+        device = device or self.conv_weight.device
+        dtype = dtype or self.conv_weight.dtype
+        conv = torch.zeros(batch, self.config.d_conv - 1, self.inner, device=device, dtype=dtype)
+        ssm = torch.zeros(batch, self.inner, self.config.d_state, device=device, dtype=self.scan.A_log.dtype)
+        return MambaState(conv, ssm)

@@ -1,0 +1,66 @@
+"""The gated MLP. It looks at one step at a time, so its state is empty."""
+
+from typing import Literal, NamedTuple
+
+import torch
+from jaxtyping import Float
+from pydantic import PositiveInt
+from torch import Tensor, nn
+
+from milonga.layers.base import Keep, Layer, LayerConfig
+from milonga.ops.swiglu import swiglu
+from milonga.segments import Segments
+
+
+class SwiGLUConfig(LayerConfig):
+    """`down(silu(gate x) * up x)` with hidden width `d_hidden`, no biases.
+
+    With `d_hidden = 2 * d_model` it has the size of a Mamba layer and stands in for one (MLP2-SWA-MLP).
+    """
+
+    kind: Literal["swiglu"] = "swiglu"
+    d_hidden: PositiveInt
+
+    def build(self, d_model: int) -> "SwiGLU":
+        """As `LayerConfig.build`."""
+        return SwiGLU(d_model, self.d_hidden)
+
+    def parameter_count(self, d_model: int) -> int:
+        """As `LayerConfig.parameter_count`."""
+        return 3 * d_model * self.d_hidden
+
+    def flops_per_token(self, d_model: int, context: float) -> float:
+        """As `LayerConfig.flops_per_token`: the products and 5 operations a hidden unit for the gate."""
+        return 6.0 * d_model * self.d_hidden + 5.0 * self.d_hidden
+
+
+class NoState(NamedTuple):
+    """The state and the trace of a layer that remembers nothing."""
+
+
+class SwiGLU(Layer):
+    """Samba, section 2.1.3 (Shazeer, "GLU Variants Improve Transformer", 2020)."""
+
+    residual_output = "down.weight"
+
+    def __init__(self, d_model: int, d_hidden: int):
+        super().__init__()
+        self.gate_up = nn.Linear(d_model, 2 * d_hidden, bias=False)
+        self.down = nn.Linear(d_hidden, d_model, bias=False)
+
+    def advance(
+        self, x: Float[Tensor, "B T D"], state: NoState | None, segments: Segments | None = None
+    ) -> tuple[Float[Tensor, "B T D"], NoState]:
+        """As `Layer.advance`; the trace is empty."""
+        gate, up = self.gate_up(x).chunk(2, dim=-1)
+        return self.down(swiglu(gate, up)), NoState()
+
+    def commit(self, state: NoState | None, trace: NoState, keep: Keep | None = None) -> NoState:
+        """As `Layer.commit`: always the empty state."""
+        return NoState()
+
+    def init_state(
+        self, batch: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> NoState:
+        """As `Layer.init_state`: empty."""
+        return NoState()

@@ -1,0 +1,211 @@
+"""The network that a model config describes: embedding, residual layers, norm, head."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Literal, NamedTuple, Protocol
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from milonga.layers import Layer, LayerConfig, NormKind, build_norm
+from milonga.layers.base import Keep, Trace
+from milonga.ops.linear_cross_entropy import linear_cross_entropy
+from milonga.segments import Segments
+from milonga.state import State
+
+NetworkState = tuple[State, ...]
+LogitsOf = Literal["all", "last", "none"]
+
+
+class NetworkSettings(Protocol):
+    """What a network needs of its config (`ModelConfig` has it)."""
+
+    @property
+    def vocab_size(self) -> int: ...
+    @property
+    def d_model(self) -> int: ...
+    @property
+    def stack(self) -> list[str]: ...
+    @property
+    def layers(self) -> Mapping[str, LayerConfig]: ...
+    @property
+    def norm(self) -> NormKind: ...
+    @property
+    def norm_eps(self) -> float: ...
+    @property
+    def tied(self) -> bool: ...
+    @property
+    def init(self) -> str: ...
+
+
+class NetworkOutput(NamedTuple):
+    """What one call of a network gives; fields that were not asked for are None."""
+
+    logits: Float[Tensor, "B T V"] | Float[Tensor, "S V"] | None  # fp32 at least; [S V] for `logits="last"`
+    losses: Float[Tensor, "B T"] | None  # nats of each target; 0 where the target is -100
+    state: NetworkState | None
+    trace: tuple[Trace, ...] | None
+
+
+class Sublayer(nn.Module):
+    """`x + layer(norm(x))`: the norm and the residual live here, not in layers."""
+
+    def __init__(self, norm: nn.Module, layer: Layer):
+        super().__init__()
+        self.norm = norm
+        self.layer = layer
+
+    def forward(
+        self, x: Float[Tensor, "B T D"], state: State | None, segments: Segments | None, keep_state: bool, traced: bool
+    ) -> tuple[Float[Tensor, "B T D"], State | None, Trace | None]:
+        """-> (the residual stream, the next state unless not wanted, the trace if wanted)."""
+        y, trace = self.layer.advance(self.norm(x), state, segments)
+        after = self.layer.commit(state, trace) if keep_state and not traced else None
+        return x + y, after, trace if traced else None
+
+
+class Network(nn.Module):
+    """Embedding, a stack of residual sub-layers, a norm and a head.
+
+    Everything goes through `forward`: methods beside it would bypass FSDP2's hooks and `torch.compile`.
+    """
+
+    def __init__(self, config: NetworkSettings, *, seed: int = 0, device: torch.device | str | None = None):
+        super().__init__()
+        self.config = config
+        on_meta = device is not None and torch.device(device).type == "meta"
+        with torch.random.fork_rng(devices=[]), torch.device("meta" if on_meta else "cpu"):
+            torch.manual_seed(seed)
+            self.embedding = nn.Embedding(config.vocab_size, config.d_model)
+            self.sublayers = nn.ModuleList(
+                Sublayer(
+                    build_norm(config.norm, config.d_model, config.norm_eps), config.layers[name].build(config.d_model)
+                )
+                for name in config.stack
+            )
+            self.norm = build_norm(config.norm, config.d_model, config.norm_eps)
+            self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)
+            if config.tied:
+                self.head.weight = self.embedding.weight
+            self._initialise()
+        if device is not None and not on_meta:
+            self.to(device)
+
+    def layers(self) -> list[Layer]:
+        """The layers in order, without their norms."""
+        return [sublayer.layer for sublayer in self.sublayers]
+
+    @torch.no_grad()
+    def _initialise(self) -> None:
+        """One of the two regimes of the Samba code; what a layer calls `own_init` keeps the layer's values."""
+        width, depth = self.config.d_model, len(self.sublayers)
+        small = self.config.init == "small"
+        deviation = math.sqrt(2 / (5 * width))
+        self.embedding.weight.normal_(0, deviation if small else 0.02)
+        if small and not self.config.tied:
+            self.head.weight.normal_(0, deviation)
+        for layer in self.layers():
+            for name, parameter in layer.named_parameters():
+                if name == layer.residual_output:
+                    if small:
+                        parameter.normal_(0, 2 / (depth * math.sqrt(width)))
+                    else:
+                        parameter.div_(math.sqrt(depth))
+                elif small and name not in layer.own_init:
+                    parameter.normal_(0, deviation)
+
+    def forward(
+        self,
+        tokens: Int[Tensor, "B T"],
+        state: NetworkState | None = None,
+        segments: Segments | None = None,
+        targets: Int[Tensor, "B T"] | None = None,
+        *,
+        logits: LogitsOf | None = None,
+        traced: bool = False,
+    ) -> NetworkOutput:
+        """Read a piece of text after `state`.
+
+        Args:
+            tokens: int64 `[B T]`; with segments packed `[1 T]`.
+            state: a row per sequence; None is the empty state.
+            segments: where sequences start in a packed batch.
+            targets: int64 `[B T]`, -100 where no loss is wanted. With targets the losses are returned, computed without
+                logits of `[B T V]`, and a new state only if one was given (training without a state commits nothing).
+            logits: `all`, `last` (of each sequence, `[S V]`) or `none`; by default `all` without targets, else `none`.
+            traced: return the layers' traces instead of a state, for `commit`.
+
+        Raises:
+            ValueError: if the shapes do not fit, or `logits="last"` meets an empty sequence.
+        """
+        self._check(tokens, state, segments, targets)
+        keep_state = state is not None or targets is None
+        x = self.embedding(tokens)
+        states, traces = [], []
+        for index, sublayer in enumerate(self.sublayers):
+            x, after, trace = sublayer(x, None if state is None else state[index], segments, keep_state, traced)
+            states.append(after)
+            traces.append(trace)
+        wanted = logits or ("all" if targets is None else "none")
+        losses = None
+        if wanted == "last":
+            if targets is not None:
+                raise ValueError("network: logits='last' and targets exclude each other")
+            x = _last_steps(x, segments)
+        x = self.norm(x) if wanted != "none" or targets is not None else x
+        if targets is not None:
+            losses = linear_cross_entropy(x, self.head.weight, targets)
+        scores = None
+        if wanted != "none":
+            scores = F.linear(x, self.head.weight)
+            scores = scores.float() if scores.element_size() < 4 else scores
+        return NetworkOutput(
+            scores, losses, tuple(states) if keep_state and not traced else None, tuple(traces) if traced else None
+        )
+
+    def _check(
+        self, tokens: Tensor, state: NetworkState | None, segments: Segments | None, targets: Tensor | None
+    ) -> None:
+        if tokens.ndim != 2 or tokens.is_floating_point():
+            raise ValueError(f"network: tokens must be integers [B T], got {tokens.dtype} {list(tokens.shape)}")
+        if segments is not None:
+            segments.check(tokens.shape[0], tokens.shape[1], "network")
+        if targets is not None and targets.shape != tokens.shape:
+            raise ValueError(f"network: targets must be {list(tokens.shape)} like tokens, got {list(targets.shape)}")
+        if state is not None and len(state) != len(self.sublayers):
+            raise ValueError(f"network: state must have {len(self.sublayers)} layers, got {len(state)}")
+
+    def commit(self, state: NetworkState | None, trace: Sequence[Trace], keep: Keep | None = None) -> NetworkState:
+        """The state after a traced piece, or after its first `keep` steps (one number, or one per sequence). Pure."""
+        before = state if state is not None else (None,) * len(self.sublayers)
+        return tuple(
+            layer.commit(part, piece, keep) for layer, part, piece in zip(self.layers(), before, trace, strict=True)
+        )
+
+    def init_state(
+        self, batch: int = 1, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> NetworkState:
+        """The empty state of `batch` sequences."""
+        return tuple(layer.init_state(batch, device=device, dtype=dtype) for layer in self.layers())
+
+    def no_decay(self) -> dict[str, nn.Parameter]:
+        """Parameters that weight decay leaves alone by the layers' own declaration, and every norm."""
+        names: dict[str, nn.Parameter] = {f"norm.{name}": p for name, p in self.norm.named_parameters()}
+        for index, sublayer in enumerate(self.sublayers):
+            prefix = f"sublayers.{index}"
+            names |= {f"{prefix}.norm.{name}": p for name, p in sublayer.norm.named_parameters()}
+            names |= {f"{prefix}.layer.{name}": p for name, p in sublayer.layer.named_no_decay()}
+        return names
+
+
+def _last_steps(x: Tensor, segments: Segments | None) -> Tensor:
+    """The last step of every sequence: `[B T D]` -> `[S D]`."""
+    if segments is None:
+        if x.shape[1] == 0:
+            raise ValueError("network: an empty piece has no last step; ask for logits='none'")
+        return x[:, -1]
+    if bool((segments.lengths == 0).any()):
+        raise ValueError("network: an empty sequence has no last step; ask for logits='none' or leave it out")
+    return x[0, segments.on(x.device)[1:] - 1]
