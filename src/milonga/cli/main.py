@@ -1,0 +1,287 @@
+"""The command `milonga`: every command's options are declared here, and its work is imported when it runs.
+
+A command is a function here that only imports what it needs once it is called, so that `milonga --help` and
+`milonga train --help` load neither torch nor numba nor pydantic::
+
+    @app.command()
+    def train(recipe: Annotated[str, typer.Argument(...)], ...) -> None:
+        from milonga.cli.train import run_train
+
+        _finish(run_train(recipe, ...))
+
+To add one: write `cli/<command>.py` with a plain function `run_<command>(...) -> int` that takes the options as declared
+here and gives the exit code, and declare it here with an example. That file prints its result with `console.stdout` or
+`console.print_json` and shows progress on `console.stderr` (`console.progress`).
+
+`main` is the one place that turns an error into a line: `UserError`, pydantic's `ValidationError`, a wrong option and
+what the file system refuses give `milonga: ...` and exit code 2; Ctrl-C gives 130; a reader that has gone (`| head`)
+ends quietly. Anything else is a fault of ours and keeps its traceback.
+"""
+
+import errno
+import io
+import os
+import sys
+from typing import Annotated, NoReturn
+
+import typer
+
+from milonga import __version__
+
+
+def _example(command: str) -> str:
+    return f"\b\nExample:\n  {command}"  # \b: not to be rewrapped
+
+
+app = typer.Typer(
+    name="milonga",
+    help="Language models whose memory does not grow with the text they read: train, evaluate, stream.",
+    epilog="Start with: milonga demo",
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+evaluate = typer.Typer(
+    help="What a trained model can do, as numbers.",
+    epilog=_example("milonga evaluate perplexity runs/demo my-book.txt"),
+    rich_markup_mode=None,
+)
+app.add_typer(evaluate, name="evaluate")
+
+# What the file system refuses because of where the user pointed, rather than because of a fault of ours.
+_REFUSALS = {
+    errno.EACCES: "no permission; choose another place or change its permissions",
+    errno.EDQUOT: "the disk quota is used up; free some space or choose another place",
+    errno.EEXIST: "exists already; choose another place",
+    errno.EFBIG: "the file would be too large for this file system or limit; choose another place",
+    errno.EISDIR: "is a folder, a file was expected",
+    errno.ENAMETOOLONG: "the name is too long",
+    errno.ENOENT: "no such file or folder",
+    errno.ENOSPC: "the disk is full; free some space or choose another place",
+    errno.ENOTDIR: "a part of this path is a file, not a folder",
+    errno.EROFS: "the file system is read-only; choose another place",
+}
+
+# The base of all mistakes in options. Typer exports only this descendant, and from another package in each version.
+_UsageError = typer.BadParameter.__mro__[1]
+
+Device = Annotated[
+    str | None, typer.Option(help="cpu, cuda or cuda:N. [default: cuda where there is one, else cpu]", metavar="DEVICE")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+Run = Annotated[str, typer.Argument(help="A run's folder, a checkpoint folder or a weight file.", metavar="RUN")]
+
+
+def _finish(code: int) -> NoReturn:
+    raise typer.Exit(code)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"milonga {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _milonga(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command(short_help="Train, score and stream a small model.", epilog=_example("milonga demo"))
+def demo(
+    out: Annotated[str, typer.Option(help="The run's folder.", metavar="FOLDER")] = "runs/demo",
+    again: Annotated[
+        bool, typer.Option("--again", help="Remove an earlier demo at that place and start over.")
+    ] = False,
+    json_: Json = False,
+) -> None:
+    """Train a small byte-level Samba on bundled novels, score it, let it write, and report.
+
+    A demo that was interrupted goes on where it stopped; a finished one is shown again.
+    """
+    from milonga.cli.demo import run_demo
+
+    _finish(run_demo(out, again, json_))
+
+
+@app.command(
+    short_help="Train a model by a recipe, or continue a run.",
+    epilog=_example("milonga train demo --data my-texts/ --set training.steps=500 --out runs/mine"),
+)
+def train(
+    recipe: Annotated[
+        str | None, typer.Argument(help="A packaged recipe's name or a YAML file.", metavar="RECIPE")
+    ] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="Change one setting of the recipe; may be repeated.", metavar="KEY.PATH=VALUE"),
+    ] = None,
+    data: Annotated[
+        str | None, typer.Option(help="Train on this file, folder or glob of texts.", metavar="PATH")
+    ] = None,
+    out: Annotated[
+        str | None, typer.Option(help="The new run's folder. [default: runs/ and the recipe's name]", metavar="FOLDER")
+    ] = None,
+    resume: Annotated[
+        str | None, typer.Option(help="Continue this run from its last checkpoint.", metavar="RUN")
+    ] = None,
+    device: Device = None,
+    json_: Json = False,
+) -> None:
+    """Train a model by a recipe. Ctrl-C saves a checkpoint before leaving; --resume RUN continues exactly there."""
+    if (recipe is None) == (resume is None):
+        raise typer.BadParameter("give a RECIPE to train, or --resume RUN to continue one, not both or neither")
+    from milonga.cli.train import run_train
+
+    _finish(run_train(recipe, set_ or [], data, out, resume, device, json_))
+
+
+@app.command(
+    short_help="Stream a continuation of a prompt.",
+    epilog=_example('milonga generate runs/demo --prompt "It was the best of times" --bytes 500'),
+)
+def generate(
+    run: Run,
+    prompt: Annotated[str, typer.Option(help="The text to continue; - reads it from stdin.", metavar="TEXT")] = "",
+    bytes_: Annotated[int, typer.Option("--bytes", help="Bytes to write.", min=0, metavar="N")] = 200,
+    temperature: Annotated[
+        float, typer.Option(help="Below 1 safer, above 1 bolder; 0 always the likeliest.", min=0)
+    ] = 0.8,
+    top_k: Annotated[int | None, typer.Option(help="Choose among the K likeliest only.", min=1, metavar="K")] = None,
+    top_p: Annotated[
+        float | None,
+        typer.Option(help="Choose among the likeliest that have P of the probability.", max=1, metavar="P"),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="The same seed gives the same text.")] = 0,
+    device: Device = None,
+    json_: Json = False,
+) -> None:
+    """Stream a continuation of a prompt to stdout, in constant memory."""
+    from milonga.cli.generate import run_generate
+
+    _finish(run_generate(run, prompt, bytes_, temperature, top_k, top_p, seed, device, json_))
+
+
+@evaluate.command(
+    short_help="Bits per byte of texts.",
+    epilog=_example("milonga evaluate perplexity runs/demo my-book.txt other-books/"),
+)
+def perplexity(
+    run: Run,
+    files: Annotated[list[str], typer.Argument(help="Texts: files, folders or globs.", metavar="FILES...")],
+    device: Device = None,
+    json_: Json = False,
+) -> None:
+    """Bits per byte of texts streamed at constant memory: by position, and beside gzip, bz2 and xz."""
+    from milonga.cli.evaluate import run_evaluate_perplexity
+
+    _finish(run_evaluate_perplexity(run, files, device, json_))
+
+
+@evaluate.callback()
+def _evaluate() -> None:
+    pass
+
+
+@app.command(short_help="List the named models and their sizes.", epilog=_example("milonga presets --json"))
+def presets(json_: Json = False) -> None:
+    """Every named model: parameters, layers, width and the size of its state."""
+    from milonga.cli.presets import run_presets
+
+    _finish(run_presets(json_))
+
+
+@app.command(short_help="Check this installation.", epilog=_example("milonga doctor"))
+def doctor(
+    compile_: Annotated[
+        bool, typer.Option("--compile", help="Only compile the CPU kernels, once per install.")
+    ] = False,
+    json_: Json = False,
+) -> None:
+    """Versions, devices, the backend of each op, and a self-test of each against its definition in float64."""
+    from milonga.cli.doctor import run_doctor
+
+    _finish(run_doctor(compile_, json_))
+
+
+def _usage_line(error: Exception) -> str:
+    """One line for a mistake in the options, with where to look."""
+    values = vars(error)
+    context = values.get("ctx")
+    where = context.command_path if context is not None else "milonga"
+    text = error.format_message() if isinstance(error, _UsageError) else str(error)
+    return f"{' '.join(text.split()).rstrip('.')} (see {where} --help)"
+
+
+def _user_line(error: Exception) -> str | None:
+    """The line for an error the user can mend; None for a fault of ours."""
+    if isinstance(error, OSError):
+        reason = _REFUSALS.get(error.errno or 0)
+        return f"{error.filename or 'writing the output'}: {reason}" if reason else None
+    from pydantic import ValidationError
+
+    from milonga.errors import UserError, describe_validation
+
+    if isinstance(error, UserError):
+        return str(error)
+    return describe_validation(error) if isinstance(error, ValidationError) else None
+
+
+def _leave_quietly() -> int:
+    """The reader of stdout has gone: point it elsewhere, so that the interpreter's last flush meets no broken pipe."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
+
+
+def _complain(line: str) -> int:
+    print(f"milonga: {' '.join(line.split())}", file=sys.stderr)
+    return 2
+
+
+def run(arguments: list[str]) -> int:
+    """Run one command line and give its exit code. Errors of the user become a line on stderr."""
+    try:
+        # not `app()`: Typer would turn interrupts, broken pipes and wrong options into its own exits
+        command = typer.main.get_command(app)
+        with command.make_context("milonga", arguments or ["--help"]) as context:
+            command.invoke(context)
+        sys.stdout.flush()
+        return 0
+    except typer.Exit as leaving:
+        return _flushed(leaving.exit_code)
+    except BrokenPipeError:
+        return _leave_quietly()
+    except (KeyboardInterrupt, typer.Abort):
+        print("\nmilonga: interrupted" if sys.stderr.isatty() else "milonga: interrupted", file=sys.stderr)
+        return 130
+    except _UsageError as error:
+        return _complain(_usage_line(error))
+    except Exception as error:
+        line = _user_line(error)
+        if line is None:
+            raise
+        return _complain(line)
+
+
+def _flushed(code: int) -> int:
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        return _leave_quietly()
+    return code
+
+
+def main() -> None:
+    """The entry point of the console script."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a terminal without UTF-8 gets escapes, not a traceback
+    sys.exit(run(sys.argv[1:]))
+
+
+if __name__ == "__main__":
+    main()
