@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from milonga.ops.backend import choice
+from milonga.ops.window_attention.library import window_attention_op
 from milonga.ops.window_attention.reference import window_attention_reference
 from milonga.segments import Segments, sequence_count
 
@@ -59,13 +60,15 @@ def window_attention(
     _check(q, k, v, window, segments)
     if past_k is not None or past_v is not None or position is not None:
         _check_past(q, k, v, past_k, past_v, position, segments)
-    chosen = choice("window_attention", backend, q.device.type, q.dtype)
     if position is not None and past_k is not None and q.device.type == "cpu" and not torch.compiler.is_compiling():
         check_capacity(position, past_k.shape[1], window)
-    del chosen
-    return window_attention_reference(
-        q, k, v, window=window, past_k=past_k, past_v=past_v, position=position, segments=segments, scale=scale
-    )
+    if choice("window_attention", backend, q.device.type, q.dtype) == "reference":
+        return window_attention_reference(
+            q, k, v, window=window, past_k=past_k, past_v=past_v, position=position, segments=segments, scale=scale
+        )
+    offsets = None if segments is None else segments.offsets
+    factor = q.shape[-1] ** -0.5 if scale is None else scale
+    return window_attention_op(q, k, v, past_k, past_v, position, offsets, window, factor)[0]
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, window: int | None, segments: Segments | None) -> None:

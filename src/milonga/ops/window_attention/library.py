@@ -1,0 +1,100 @@
+"""`window_attention` as a PyTorch operator: shapes for compilers, its derivative, and a kernel per device."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from milonga.ops.backend import kernels
+
+
+@torch.library.custom_op("milonga::window_attention", mutates_args=(), device_types="cpu")
+def window_attention_op(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    past_k: Tensor | None,
+    past_v: Tensor | None,
+    position: Tensor | None,
+    offsets: Tensor | None,
+    window: int | None,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """-> (y `[B T H V]`, largest score in base 2 and one over the sum of exponentials of each query, fp32 `[B T H]`)."""
+    return kernels("window_attention", "cpu").forward(q, k, v, past_k, past_v, position, offsets, window, scale)
+
+
+@window_attention_op.register_fake
+def _(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    past_k: Tensor | None,
+    past_v: Tensor | None,
+    position: Tensor | None,
+    offsets: Tensor | None,
+    window: int | None,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    y = q.new_empty(*q.shape[:3], v.shape[3])
+    return y, q.new_empty(q.shape[:3], dtype=torch.float32), q.new_empty(q.shape[:3], dtype=torch.float32)
+
+
+@torch.library.custom_op("milonga::window_attention_backward", mutates_args=(), device_types="cpu")
+def window_attention_backward_op(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    past_k: Tensor | None,
+    past_v: Tensor | None,
+    position: Tensor | None,
+    offsets: Tensor | None,
+    window: int | None,
+    scale: float,
+    y: Tensor,
+    peaks: Tensor,
+    shares: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """-> gradients of q, k, v, past_k and past_v (the last two empty where there is no past)."""
+    return kernels("window_attention", "cpu").backward(
+        grad, q, k, v, past_k, past_v, position, offsets, window, scale, y, peaks, shares
+    )
+
+
+@window_attention_backward_op.register_fake
+def _(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    past_k: Tensor | None,
+    past_v: Tensor | None,
+    position: Tensor | None,
+    offsets: Tensor | None,
+    window: int | None,
+    scale: float,
+    y: Tensor,
+    peaks: Tensor,
+    shares: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    past = [
+        like.new_empty(0, 0, *like.shape[2:]) if given is None else given.new_empty(given.shape)
+        for like, given in ((k, past_k), (v, past_v))
+    ]
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), past[0], past[1]
+
+
+def _setup(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
+    q, k, v, past_k, past_v, position, offsets, ctx.window, ctx.scale = inputs
+    ctx.save_for_backward(q, k, v, past_k, past_v, position, offsets, *output)
+
+
+def _backward(ctx: Any, grad: Tensor, *_: Tensor | None) -> tuple:
+    *inputs, y, peaks, shares = ctx.saved_tensors
+    gradients = window_attention_backward_op(grad, *inputs, ctx.window, ctx.scale, y, peaks, shares)
+    past = (None, None) if inputs[3] is None else gradients[3:]
+    return *gradients[:3], *past, None, None, None, None
+
+
+window_attention_op.register_autograd(_backward, setup_context=_setup)
