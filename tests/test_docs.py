@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from milonga.layers import KINDS
+
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 FENCE = re.compile(r"^(?P<indent> *)```(?P<language>\w*).*?\n(?P<code>.*?)^(?P=indent)```", re.MULTILINE | re.DOTALL)
@@ -54,6 +56,15 @@ def trained(tmp_path_factory):
         (folder / "my_texts" / f"{number}.txt").write_text(f"Chapter {number}\n" + paragraph * 200)
     _shell("milonga train demo --out runs/demo --set training.steps=3", folder)
     return folder
+
+
+@pytest.fixture(autouse=True)
+def _own_kinds_are_forgotten():
+    """A page may register a kind of layer; other tests look at the table."""
+    before = dict(KINDS)
+    yield
+    KINDS.clear()
+    KINDS.update(before)
 
 
 def _shell(code, folder):
