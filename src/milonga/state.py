@@ -56,7 +56,7 @@ def from_flat(flat: Mapping[str, Tensor], *, like: State) -> State:
     for name, expected in template.items():
         got = flat[name]
         grows = expected.ndim > 1 and expected.shape[1] == 0 and got.ndim == expected.ndim
-        shape = list(got.shape[:1]) + [0] + list(got.shape[2:]) if grows else list(got.shape)
+        shape = [*got.shape[:1], 0, *got.shape[2:]] if grows else list(got.shape)
         if shape != list(expected.shape):
             raise ValueError(f"state: {name} must be {list(expected.shape)}, got {list(got.shape)}")
     return _fill(like, flat, "")

@@ -1,4 +1,4 @@
-"""Causal attention over a window or over everything, with rotary positions or none, grouped keys, optional convolution."""
+"""Causal attention over a window or over everything; rotary positions or none, grouped keys, short convolution."""
 
 from typing import Literal, NamedTuple
 
@@ -18,7 +18,7 @@ FIRST_CAPACITY = 64
 
 
 class AttentionConfig(LayerConfig):
-    """H query heads of width K share G key heads. `window` counts the query's own key; None is full causal attention."""
+    """H query heads of width K share G key heads. `window` counts the query's own key; None is full attention."""
 
     kind: Literal["attention"] = "attention"
     heads: PositiveInt
@@ -74,8 +74,8 @@ class AttentionConfig(LayerConfig):
 class AttentionState(NamedTuple):
     """The keys and values in sight, and where the text stands.
 
-    The key of position p lies in slot p mod P. For a window of w, P = w - 1 for ever; for full attention P is a capacity
-    that doubles when full: the one state that grows with the text.
+    The key of position p lies in slot p mod P. For a window of w, P = w - 1 for ever; for full attention P is a
+    capacity that doubles when full: the one state that grows with the text.
     """
 
     k: Float[Tensor, "S P G K"]  # rotated

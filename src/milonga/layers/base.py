@@ -115,7 +115,7 @@ def keep_per_sequence(keep: Keep | None, lengths: Tensor) -> Tensor:
 
 
 def kept_steps(x: Tensor, keep: Tensor, segments: Segments | None) -> tuple[Tensor, Segments]:
-    """The first `keep[s]` steps of every sequence of `x` `[B T ...]`, packed: -> (`[1 sum(keep) ...]`, its segments)."""
+    """The first `keep[s]` steps of every sequence of `x` `[B T ...]`: -> (packed `[1 sum(keep) ...]`, segments)."""
     bounds = sequence_bounds(x.shape[0], x.shape[1], segments)
     packed = Segments(torch.cat([torch.zeros(1, dtype=torch.int64), keep.cumsum(0)]))
     shift = torch.repeat_interleave(bounds[:-1] - packed.offsets[:-1], keep)
