@@ -77,7 +77,7 @@ bench: install  ## measure against peers, interleaved in one run
 	@$(BIN)/python -m pytest -m bench -s benchmarks $(ARGS)
 
 docs: $(VENV)/.milonga-docs  ## the documentation site, into site/
-	@$(BIN)/mkdocs build --strict
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 wheel: $(VENV)/.milonga-dev  ## a wheel, into dist/
 	@$(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
