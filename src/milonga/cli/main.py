@@ -9,8 +9,8 @@ A command is a function here that only imports what it needs once it is called, 
 
         _finish(run_train(recipe, ...))
 
-To add one: write `cli/<command>.py` with a plain function `run_<command>(...) -> int` that takes the options as declared
-here and gives the exit code, and declare it here with an example. That file prints its result with `console.stdout` or
+To add one: write `cli/<command>.py` with a plain function `run_<command>(...) -> int` that takes the options and gives
+the exit code, and declare it here with an example. That file prints its result with `console.stdout` or
 `console.print_json` and shows progress on `console.stderr` (`console.progress`).
 
 `main` is the one place that turns an error into a line: `UserError`, pydantic's `ValidationError`, a wrong option and

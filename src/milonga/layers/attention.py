@@ -70,6 +70,14 @@ class AttentionConfig(LayerConfig):
             + (2.0 * fused * (self.short_conv or 0))
         )
 
+    def state_bytes(self, d_model: int, length: int, dtype: torch.dtype) -> int:
+        """As `LayerConfig.state_bytes`: constant for a window, the doubling buffer for full attention."""
+        empty = super().state_bytes(d_model, length, dtype)
+        if self.window is not None or length == 0:
+            return empty
+        _, groups, width = self.shape(d_model)
+        return empty + 2 * buffer_capacity(length) * groups * width * dtype.itemsize
+
 
 class AttentionState(NamedTuple):
     """The keys and values in sight, and where the text stands.
@@ -165,9 +173,7 @@ class Attention(Layer):
         """For full attention: the same state with capacity for `kept` more steps, doubled as often as needed."""
         if self.config.window is not None or kept.numel() == 0:
             return state
-        needed, capacity = int((state.position + kept).max()), max(state.k.shape[1], FIRST_CAPACITY)
-        while capacity < needed:
-            capacity *= 2
+        capacity = buffer_capacity(int((state.position + kept).max()), state.k.shape[1])
         extra = capacity - state.k.shape[1]
         if extra == 0:
             return state
@@ -189,6 +195,14 @@ class Attention(Layer):
             torch.zeros(batch, dtype=torch.int64, device=device),
             torch.zeros(batch, columns, weight.shape[0] if columns else 0, device=device, dtype=dtype),
         )
+
+
+def buffer_capacity(length: int, present: int = 0) -> int:
+    """Slots of a full-attention buffer that has `present` slots and is to hold `length` keys: doubled when full."""
+    capacity = max(present, FIRST_CAPACITY if length else 0)
+    while capacity < length:
+        capacity *= 2
+    return capacity
 
 
 def _write_ring(ring: Tensor, new: Tensor, position: Tensor, kept: Tensor, starts: Tensor) -> Tensor:

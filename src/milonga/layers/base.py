@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
 from milonga.segments import Segments, sequence_bounds
-from milonga.state import State
+from milonga.state import State, nbytes
 
 Trace = Any  # what one piece of text added; each layer has its own NamedTuple
 Keep = int | Int[Tensor, " S"]  # how many steps of a piece to keep: one number, or one per sequence
@@ -35,6 +35,14 @@ class LayerConfig(BaseModel):
     def flops_per_token(self, d_model: int, context: float) -> float:
         """Multiply-adds times two of one forward step, when `context` earlier steps can be seen on average."""
         raise NotImplementedError
+
+    def state_bytes(self, d_model: int, length: int, dtype: torch.dtype) -> int:
+        """Bytes of one sequence's state after `length` steps, with activations of `dtype`.
+
+        Written once for states that do not grow; a layer whose state grows overrides it.
+        """
+        with torch.device("meta"):
+            return nbytes(self.build(d_model).init_state(1, dtype=dtype))
 
 
 class KeepFp32(nn.Module):

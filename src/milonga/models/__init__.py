@@ -2,5 +2,6 @@
 
 from milonga.models.config import ModelConfig
 from milonga.models.network import Network, NetworkOutput, NetworkState
+from milonga.models.presets import PRESETS, Preset, preset
 
-__all__ = ["ModelConfig", "Network", "NetworkOutput", "NetworkState"]
+__all__ = ["PRESETS", "ModelConfig", "Network", "NetworkOutput", "NetworkState", "Preset", "preset"]

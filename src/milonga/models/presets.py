@@ -1,12 +1,12 @@
 """The models of the papers by name. Each is a config and nothing else: a name never changes code.
 
-Sources: Samba is Ren et al., "Samba: Simple Hybrid State Space Models for Efficient Unlimited Context Language Modeling"
-(2024), with tables 5, 6, 10, 11 and 12 of its third version and the code beside it; MambaByte is Wang et al., "MambaByte:
-Token-free Selective State Space Model" (2024).
+Sources: Samba is Ren et al., "Samba: Simple Hybrid State Space Models for Efficient Unlimited Context Language
+Modeling" (2024), with tables 3, 5, 6, 10, 11 and 12 of its third version and the code beside it; MambaByte is Wang et
+al., "MambaByte: Token-free Selective State Space Model" (2024).
 
-Two regimes hide in the Samba paper: its 438M Llama models were trained untied with the `small` initialisation, everything
-else tied with Mamba's. The presets keep that. The 1.6B to 3.8B models have no published code: their tying is the one whose
-count fits the printed size best, their norm epsilon and initialisation those of the smaller models.
+Two regimes hide in the Samba paper: its 438M Llama models were trained untied with the `small` initialisation,
+everything else tied with Mamba's. The presets keep that. The 1.6B to 3.8B models have no published code: they are tied
+like the smaller ones, with their norm epsilon and initialisation.
 """
 
 import difflib
