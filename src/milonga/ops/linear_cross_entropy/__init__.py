@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from milonga.ops.backend import choice
+from milonga.ops.linear_cross_entropy.library import linear_cross_entropy_op
 from milonga.ops.linear_cross_entropy.reference import linear_cross_entropy_reference
 
 # Bound of the relative RMS error of the losses and of each gradient against the float64 reference, fp32 inputs.
@@ -60,10 +61,11 @@ def linear_cross_entropy(
         chunk = max(1, CHUNK_BYTES // (4 * max(vocabulary, 1)))
     if chunk < 1:
         raise ValueError(f"linear_cross_entropy: chunk must be at least 1, got {chunk}")
-    choice("linear_cross_entropy", backend, x.device.type, x.dtype)
     if targets.device.type == "cpu" and not torch.compiler.is_compiling():
         check_targets(targets, vocabulary, ignore_index)
-    return linear_cross_entropy_reference(x, weight, targets, bias, ignore_index, chunk)
+    if choice("linear_cross_entropy", backend, x.device.type, x.dtype) == "reference":
+        return linear_cross_entropy_reference(x, weight, targets, bias, ignore_index, chunk)
+    return linear_cross_entropy_op(x, weight, targets, bias, ignore_index, chunk)[0]
 
 
 def check_targets(targets: Tensor, vocabulary: int, ignore_index: int) -> None:

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from milonga.ops.backend import choice
+from milonga.ops.rotary.library import rotary_op
 from milonga.ops.rotary.reference import rotary_reference, rotary_tables
 
 # Bound of the relative RMS error of the output and of the gradient against the float64 reference, fp32 inputs.
@@ -44,8 +45,9 @@ def rotary(x: Tensor, positions: Tensor, *, base: float = 10000.0, backend: str 
         )
     if not base > 0:
         raise ValueError(f"rotary: base must be positive, got {base}")
-    choice("rotary", backend, x.device.type, x.dtype)
-    return rotary_reference(x, positions, base)
+    if choice("rotary", backend, x.device.type, x.dtype) == "reference":
+        return rotary_reference(x, positions, base)
+    return rotary_op(x, positions, base, 1.0)
 
 
 __all__ = ["ANGLE_BOUND", "ERROR_BOUND", "rotary", "rotary_reference", "rotary_tables"]

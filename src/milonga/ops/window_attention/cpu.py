@@ -1,9 +1,9 @@
 """Numba kernels of `window_attention`.
 
-Thirty-two query rows (pairs of a step and one of the heads that share a key head) lie side by side in the lanes of two
-vectors, so maxima, sums and exponentials need no work across lanes, and keys and values are read in place, one scalar at
-a time, wherever they lie. Keys are taken in blocks that start at multiples of `KEYS` in absolute position, in order, and
-every sum is one chain of multiply-adds: what a query gets does not depend on how the text was cut into pieces.
+Thirty-two query rows (pairs of a step and one of the heads that share a key head) lie side by side in the lanes of
+two vectors, so maxima, sums and exponentials need no work across lanes, and keys and values are read in place, one
+scalar at a time, wherever they lie. Keys are taken in blocks that start at multiples of `KEYS` in absolute position, in
+order, and every sum is one chain of multiply-adds: what a query gets does not depend on how the text was cut.
 """
 
 from typing import Any
@@ -693,7 +693,7 @@ def backward(
     count = plan.count if past_k is not None else 0
     grad_past_k = torch.zeros(count, slots, groups, along)
     grad_past_v = torch.zeros(count, slots, groups, value_along)
-    # A span has at least `window` steps, so its keys lie in its own and the one before: even spans first, then odd ones.
+    # A span has at least `window` steps, so its keys lie in it and the one before: even spans first, then odd ones.
     span = min(-(-max(plan.window, SPAN) * (heads // groups) // LANES), int(plan.chunks.max(initial=1)))
     spans = -(-plan.chunks // max(span, 1))
     for parity in (0, 1):

@@ -1,0 +1,41 @@
+"""`swiglu` as a PyTorch operator: shapes for compilers, its derivative, and a kernel per device."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from milonga.ops.backend import kernels
+
+
+@torch.library.custom_op("milonga::swiglu", mutates_args=(), device_types="cpu")
+def swiglu_op(gate: Tensor, up: Tensor) -> Tensor:
+    """-> silu(gate) * up, contiguous."""
+    return kernels("swiglu", "cpu").forward(gate, up)
+
+
+@swiglu_op.register_fake
+def _(gate: Tensor, up: Tensor) -> Tensor:
+    return gate.new_empty(gate.shape)
+
+
+@torch.library.custom_op("milonga::swiglu_backward", mutates_args=(), device_types="cpu")
+def swiglu_backward_op(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    """-> gradients of gate and up, contiguous."""
+    return kernels("swiglu", "cpu").backward(grad, gate, up)
+
+
+@swiglu_backward_op.register_fake
+def _(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    return gate.new_empty(gate.shape), up.new_empty(up.shape)
+
+
+def _setup(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+    return swiglu_backward_op(grad, *ctx.saved_tensors)
+
+
+swiglu_op.register_autograd(_backward, setup_context=_setup)
