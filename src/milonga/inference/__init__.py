@@ -1,0 +1,7 @@
+"""Reading and writing text with a trained model: language models, sessions, sampling."""
+
+from milonga.inference.language_model import LanguageModel, choose_device, load
+from milonga.inference.sampling import Sampler
+from milonga.inference.session import Mark, Session
+
+__all__ = ["LanguageModel", "Mark", "Sampler", "Session", "choose_device", "load"]

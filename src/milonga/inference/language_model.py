@@ -1,0 +1,102 @@
+"""A trained model ready to read and write text."""
+
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+
+import torch
+
+from milonga.data.text import ByteCodec
+from milonga.errors import UserError
+from milonga.inference.session import Session
+from milonga.models.network import Network
+from milonga.models.pretrained import fingerprint, load_weights, run_checkpoint
+
+
+class LanguageModel:
+    """A network, the codec that turns text into its tokens, and what is known about the run that trained it.
+
+    Args:
+        network: put into eval mode; weights are not to be changed while sessions live.
+        codec: its vocabulary must be the network's.
+        facts: what the weight file says beside the weights, all strings.
+        path: the weight file; None for a network that never was in one.
+
+    Raises:
+        UserError: if the network's vocabulary is not the codec's.
+    """
+
+    def __init__(
+        self,
+        network: Network,
+        codec: ByteCodec | None = None,
+        facts: Mapping[str, str] | None = None,
+        path: Path | None = None,
+    ):
+        self.network = network.eval()
+        self.codec = codec or ByteCodec()
+        self.facts = dict(facts or {})
+        self.path = path
+        if network.config.vocab_size != self.codec.vocab_size:
+            raise UserError(
+                f"{path or 'model'}: its vocabulary has {network.config.vocab_size} tokens, but only models of bytes "
+                f"(vocab_size {self.codec.vocab_size}) can read text so far"
+            )
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are and sessions live."""
+        return self.network.embedding.weight.device
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """sha256 (hex) over config and weights; computed when first asked for. State files carry it."""
+        return fingerprint(self.network)
+
+    def session(self, path: str | Path | None = None) -> Session:
+        """A fresh session, or the one saved in a state file.
+
+        Raises:
+            UserError: if the state file is missing, damaged, of another model or of a newer format.
+        """
+        session = Session(self.network, self.codec, lambda: self.fingerprint)
+        if path is not None:
+            session.restore(path)
+        return session
+
+    def __repr__(self) -> str:
+        return f"LanguageModel({str(self.path) if self.path else 'in memory'!r}, device={str(self.device)!r})"
+
+
+def choose_device(device: str | torch.device | None) -> torch.device:
+    """The device asked for; for None a GPU where there is one, else the CPU.
+
+    Raises:
+        UserError: if there is no such device here.
+    """
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+        torch.empty(0, device=chosen)
+    except (RuntimeError, AssertionError) as error:
+        first = str(error).splitlines()[0]
+        raise UserError(f"device {str(device)!r} cannot be used here ({first}); try cpu") from error
+    return chosen
+
+
+def load(path: str | Path, *, device: str | torch.device | None = None) -> LanguageModel:
+    """The model of a run, a checkpoint folder or a weight file, ready to read and write text.
+
+    Args:
+        path: a run's folder (its last checkpoint is taken), a checkpoint folder, or a weight file.
+        device: such as `cpu` or `cuda:1`; None for a GPU where there is one, else the CPU.
+
+    Raises:
+        UserError: if there is no model at `path`, it is damaged or of a newer format, or the device cannot be used.
+    """
+    where = choose_device(device)
+    weights = run_checkpoint(path)
+    network, header = load_weights(weights, device=where)
+    facts = {key: value for key, value in header.items() if key not in ("format", "config")}
+    return LanguageModel(network, ByteCodec(), facts, weights)
