@@ -77,3 +77,10 @@ def backward(grad: Tensor, x: Tensor, weight: Tensor, scale: Tensor) -> tuple[Te
     arguments = (upstream, grad_stride, source, stride, flat(weight), flat(scale), flat(grad_x), flat(partial))
     cpu_pool.run(_backward, jobs, x.numel() * _WORK * 2, *arguments)
     return grad_x.to(x.dtype), partial.sum(0)
+
+
+def compile_kernels() -> None:
+    """Compile both passes, for the cache."""
+    x, weight = torch.zeros(1, 2), torch.zeros(2)
+    _, scale = forward(x, weight, 1e-5)
+    backward(x, x, weight, scale)
