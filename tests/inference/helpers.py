@@ -1,0 +1,31 @@
+"""Small models with opinions, shared by the tests of sessions and of evaluation."""
+
+import torch
+
+from milonga.inference import LanguageModel
+from milonga.layers import AttentionConfig, MambaConfig, SwiGLUConfig
+from milonga.models import ModelConfig
+
+SAMBA = ModelConfig(
+    vocab_size=256,
+    d_model=16,
+    pattern="mamba mlp swa mlp",
+    repeats=2,
+    layers={
+        "mamba": MambaConfig(d_state=4),
+        "swa": AttentionConfig(heads=2, window=7),
+        "mlp": SwiGLUConfig(d_hidden=24),
+    },
+)
+GROWING = SAMBA.replace_layer("swa", window=None)
+MAMBA = SAMBA.replace(pattern="mamba", repeats=3)
+ATTENTION = SAMBA.replace(pattern="swa mlp", repeats=2)
+CONFIGS = {"samba": SAMBA, "growing": GROWING, "mamba": MAMBA, "attention": ATTENTION}
+
+
+def opinionated(config=SAMBA, seed=0):
+    """A model whose predictions are far from uniform: its embedding, which is also its head, is scaled up."""
+    network = config.build(seed=seed)
+    with torch.no_grad():
+        network.embedding.weight.mul_(20)
+    return LanguageModel(network)
