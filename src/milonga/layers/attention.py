@@ -8,6 +8,7 @@ from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
 from milonga.layers.base import Keep, Layer, LayerConfig, keep_per_sequence, last_columns
+from milonga.layers.linear import Linear
 from milonga.ops.causal_conv import causal_conv
 from milonga.ops.rotary import rotary
 from milonga.ops.window_attention import window_attention
@@ -111,8 +112,8 @@ class Attention(Layer):
         self.config = config
         self.heads, self.groups, self.width = config.shape(d_model)
         fused = (self.heads + 2 * self.groups) * self.width
-        self.qkv_proj = nn.Linear(d_model, fused, bias=False)
-        self.out_proj = nn.Linear(self.heads * self.width, d_model, bias=False)
+        self.qkv_proj = Linear(d_model, fused)
+        self.out_proj = Linear(self.heads * self.width, d_model)
         if config.short_conv:
             bound = 1 / config.short_conv**0.5
             self.conv_weight = nn.Parameter(torch.empty(fused, config.short_conv).uniform_(-bound, bound))

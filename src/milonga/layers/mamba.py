@@ -9,6 +9,7 @@ from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 
 from milonga.layers.base import Keep, KeepFp32, Layer, LayerConfig, keep_per_sequence, kept_steps, last_columns
+from milonga.layers.linear import Linear
 from milonga.ops.causal_conv import causal_conv
 from milonga.ops.selective_scan import selective_scan
 from milonga.segments import Segments, sequence_bounds, sequence_count
@@ -87,13 +88,13 @@ class Mamba(Layer):
         inner, rank, states = config.expand * d_model, config.rank(d_model), config.d_state
         self.config = config
         self.inner, self.split_sizes = inner, (rank, states, states)
-        self.in_proj = nn.Linear(d_model, 2 * inner, bias=False)
+        self.in_proj = Linear(d_model, 2 * inner)
         self.conv_weight = nn.Parameter(torch.empty(inner, config.d_conv))
         self.conv_bias = nn.Parameter(torch.empty(inner))
-        self.x_proj = nn.Linear(inner, rank + 2 * states, bias=False)
-        self.dt_proj = nn.Linear(rank, inner, bias=False)
+        self.x_proj = Linear(inner, rank + 2 * states)
+        self.dt_proj = Linear(rank, inner)
         self.scan = ScanParameters(inner, states)
-        self.out_proj = nn.Linear(inner, d_model, bias=False)
+        self.out_proj = Linear(inner, d_model)
         self._init_own()
 
     @torch.no_grad()

@@ -5,9 +5,10 @@ from typing import Literal, NamedTuple
 import torch
 from jaxtyping import Float
 from pydantic import PositiveInt
-from torch import Tensor, nn
+from torch import Tensor
 
 from milonga.layers.base import Keep, Layer, LayerConfig
+from milonga.layers.linear import Linear
 from milonga.ops.swiglu import swiglu
 from milonga.segments import Segments
 
@@ -45,8 +46,8 @@ class SwiGLU(Layer):
 
     def __init__(self, d_model: int, d_hidden: int):
         super().__init__()
-        self.gate_up = nn.Linear(d_model, 2 * d_hidden, bias=False)
-        self.down = nn.Linear(d_hidden, d_model, bias=False)
+        self.gate_up = Linear(d_model, 2 * d_hidden)
+        self.down = Linear(d_hidden, d_model)
 
     def advance(
         self, x: Float[Tensor, "B T D"], state: NoState | None, segments: Segments | None = None

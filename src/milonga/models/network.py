@@ -7,10 +7,11 @@ from typing import Literal, NamedTuple, Protocol
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from milonga.layers import Layer, LayerConfig, NormKind, build_norm
 from milonga.layers.base import Keep, Trace
+from milonga.layers.linear import Linear
+from milonga.ops.linear import linear
 from milonga.ops.linear_cross_entropy import linear_cross_entropy
 from milonga.segments import Segments
 from milonga.state import State
@@ -86,7 +87,7 @@ class Network(nn.Module):
                 for name in config.stack
             )
             self.norm = build_norm(config.norm, config.d_model, config.norm_eps)
-            self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)
+            self.head = Linear(config.d_model, config.vocab_size)
             if config.tied:
                 self.head.weight = self.embedding.weight
             self._initialise()
@@ -159,7 +160,7 @@ class Network(nn.Module):
             losses = linear_cross_entropy(x, self.head.weight, targets)
         scores = None
         if wanted != "none":
-            scores = F.linear(x, self.head.weight)
+            scores = linear(x, self.head.weight)
             scores = scores.float() if scores.element_size() < 4 else scores
         return NetworkOutput(
             scores, losses, tuple(states) if keep_state and not traced else None, tuple(traces) if traced else None

@@ -124,7 +124,7 @@ def fingerprint(network: Network) -> str:
 
 
 def run_checkpoint(path: str | Path) -> Path:
-    """The weight file that `path` stands for: a weight file itself, a checkpoint folder, or the last checkpoint of a run.
+    """The weight file that `path` stands for: itself, that of a checkpoint folder, or of the last checkpoint of a run.
 
     Raises:
         UserError: if there is none.
