@@ -312,7 +312,8 @@ class _Writer:
                 progress(min(done, total), total)
 
         with ExitStack() as stack:
-            files = [stack.enter_context(atomic_write(self.folder / n)) for n in (_TOKENS, _DOCUMENTS, _NAMES)]
+            # the tokens are the innermost: when the disk fills up, it is their file that is named
+            files = [stack.enter_context(atomic_write(self.folder / n)) for n in (_NAMES, _DOCUMENTS, _TOKENS)]
             files[1].write(struct.pack("<qq", 0, 0))
             for document in read_documents(sources, Reading(text_field, on_read, self._skip)):
                 self._add(document.name, document.pieces, files)
@@ -329,12 +330,12 @@ class _Writer:
     def _add(self, name: str, pieces: Iterable[bytes], files: list[BinaryIO]) -> None:
         before = self.bytes
         for piece in pieces:
-            files[0].write(piece)
+            files[2].write(piece)
             self.content.update(piece)
             self.bytes += len(piece)
         assert self.bytes > before, "readers skip what is empty"
         encoded = name.encode("utf-8", "surrogateescape")
-        files[2].write(encoded)
+        files[0].write(encoded)
         self.name_bytes += len(encoded)
         self.documents += 1
         files[1].write(struct.pack("<qq", self.bytes, self.name_bytes))

@@ -15,11 +15,14 @@ def mix(values: np.ndarray, *keys: int) -> np.ndarray:
     mixed = np.array(values, np.uint64, ndmin=1)
     for key in keys:
         for word in (key & _WORD, key >> 64 & _WORD):
-            mixed = (mixed ^ np.uint64(word)) + np.uint64(0x9E3779B97F4A7C15)
-            mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-            mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-            mixed = mixed ^ (mixed >> np.uint64(31))
+            mixed = _finalise((mixed ^ np.uint64(word)) + np.uint64(0x9E3779B97F4A7C15))
     return mixed.reshape(np.shape(values))
+
+
+def _finalise(values: np.ndarray) -> np.ndarray:
+    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return values ^ (values >> np.uint64(31))
 
 
 def draw(size: int, *keys: int) -> int:
@@ -41,17 +44,18 @@ def permute(indices: np.ndarray, size: int, *keys: int) -> np.ndarray:
     bits = max(2, (size - 1).bit_length())
     high, low = bits // 2, bits - bits // 2
     values = np.array(indices, np.uint64, ndmin=1)
+    round_keys = mix(np.arange(_ROUNDS), *keys)
     todo = np.ones(values.shape, bool)
     while todo.any():
-        values[todo] = _feistel(values[todo], high, low, keys)
+        values[todo] = _feistel(values[todo], high, low, round_keys)
         todo = values >= size
     return values.astype(np.int64).reshape(np.shape(indices))
 
 
-def _feistel(values: np.ndarray, high: int, low: int, keys: tuple[int, ...]) -> np.ndarray:
+def _feistel(values: np.ndarray, high: int, low: int, round_keys: np.ndarray) -> np.ndarray:
     left, right = values >> np.uint64(low), values & np.uint64((1 << low) - 1)
-    for number in range(_ROUNDS):
+    for number, key in enumerate(round_keys):
         # the halves may differ by a bit and swap widths each round; the rounds are even, so they end as they began
         mask = np.uint64((1 << (high if number % 2 == 0 else low)) - 1)
-        left, right = right, left ^ (mix(right, number, *keys) & mask)
+        left, right = right, left ^ (_finalise(right + key) & mask)
     return (left << np.uint64(low)) | right

@@ -133,7 +133,7 @@ class WindowSampler:
 
     @property
     def steps_per_epoch(self) -> float:
-        """After how many steps as many bytes have been seen as there are, up to a remainder below one window per row."""
+        """Steps in which the rows see as many bytes as there are, but for a remainder of less than a window each."""
         if self.carried:
             return self.ring.length // (self.window * self.rows)
         return self.windows_per_epoch / self.rows
