@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from milonga.layers import AttentionConfig, AttentionState, MambaConfig, SwiGLUConfig
+from milonga.layers import AttentionConfig, AttentionState, LayerConfig, MambaConfig, SwiGLUConfig
 from milonga.models import ModelConfig, preset
 from milonga.models.accounting import flops_per_token, parameter_count, state_bytes
 from milonga.state import nbytes
@@ -101,6 +101,15 @@ def test_parameters_of_each_kind(config):
         for tied in (True, False):
             model = ModelConfig(vocab_size=11, d_model=D, pattern="a a", layers={"a": config}, norm=norm, tied=tied)
             assert parameter_count(model) == sum(p.numel() for p in model.build(device="meta").parameters())
+
+
+@pytest.mark.parametrize("config", LAYERS.values(), ids=LAYERS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_state_bytes_of_each_kind(config, dtype):
+    layer = config.build(D).to(dtype)
+    assert (
+        config.state_bytes(D, 0, dtype) == nbytes(layer.init_state(1)) == LayerConfig.state_bytes(config, D, 0, dtype)
+    )
 
 
 @pytest.mark.parametrize("length", [0, 1, 8, 9, 63, 64, 65, 200])

@@ -15,11 +15,17 @@ from rich.text import Text
 LINE_EVERY = 10.0
 
 
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        """The reader of stdout has gone: for `cli/main.py` to end quietly, not for Rich to exit with 1."""
+        raise  # the BrokenPipeError that is being handled
+
+
 def _console(error: bool) -> Console:
     """A console that writes control characters to a terminal only, whatever the environment says."""
     stream = sys.stderr if error else sys.stdout
     terminal = stream.isatty()
-    return Console(
+    return _Console(
         stderr=error,
         force_terminal=terminal,
         no_color=None if terminal else True,

@@ -73,11 +73,10 @@ class AttentionConfig(LayerConfig):
 
     def state_bytes(self, d_model: int, length: int, dtype: torch.dtype) -> int:
         """As `LayerConfig.state_bytes`: constant for a window, the doubling buffer for full attention."""
-        empty = super().state_bytes(d_model, length, dtype)
-        if self.window is not None or length == 0:
-            return empty
-        _, groups, width = self.shape(d_model)
-        return empty + 2 * buffer_capacity(length) * groups * width * dtype.itemsize
+        heads, groups, width = self.shape(d_model)
+        slots = buffer_capacity(length) if self.window is None else self.window - 1
+        columns = ((self.short_conv or 1) - 1) * (heads + 2 * groups) * width
+        return (2 * slots * groups * width + columns) * dtype.itemsize + torch.int64.itemsize
 
 
 class AttentionState(NamedTuple):

@@ -39,10 +39,11 @@ class LayerConfig(BaseModel):
     def state_bytes(self, d_model: int, length: int, dtype: torch.dtype) -> int:
         """Bytes of one sequence's state after `length` steps, with activations of `dtype`.
 
-        Written once for states that do not grow; a layer whose state grows overrides it.
+        By default measured on the empty state of a layer without memory of its own, which is right for every state that
+        does not grow.
         """
         with torch.device("meta"):
-            return nbytes(self.build(d_model).init_state(1, dtype=dtype))
+            return nbytes(self.build(d_model).to(dtype).init_state(1))
 
 
 class KeepFp32(nn.Module):

@@ -47,6 +47,11 @@ class MambaConfig(LayerConfig):
         products = 3 * d_model * inner + inner * (rank + 2 * states) + rank * inner
         return 2.0 * products + 2.0 * inner * self.d_conv + 7.0 * inner * states
 
+    def state_bytes(self, d_model: int, length: int, dtype: torch.dtype) -> int:
+        """As `LayerConfig.state_bytes`: constant, the sums at least fp32."""
+        inner = self.expand * d_model
+        return inner * ((self.d_conv - 1) * dtype.itemsize + self.d_state * max(4, dtype.itemsize))
+
 
 class MambaState(NamedTuple):
     """The columns before the next convolution, and the recurrent state."""

@@ -34,6 +34,10 @@ class SwiGLUConfig(LayerConfig):
         """As `LayerConfig.flops_per_token`: the products and 5 operations a hidden unit for the gate."""
         return 6.0 * d_model * self.d_hidden + 5.0 * self.d_hidden
 
+    def state_bytes(self, d_model: int, length: int, dtype: torch.dtype) -> int:
+        """As `LayerConfig.state_bytes`: none."""
+        return 0
+
 
 class NoState(NamedTuple):
     """The state and the trace of a layer that remembers nothing."""
