@@ -54,7 +54,7 @@ def _exp2(value):
     return p * _from_bits((_bits(shifted) + np.int32(127)) << np.int32(23))
 
 
-@nb.njit(nogil=True, cache=True, fastmath=_MATH)
+@nb.njit(nogil=True, cache=True, fastmath=_MATH, error_model="numpy")
 def _forward(logits, width, targets, ignore, losses, totals, first, last):
     """Loss of each row, and the natural logarithm of its sum of exponentials, from logits `[count, width]`."""
     count = targets.shape[0]
@@ -88,7 +88,7 @@ def _forward(logits, width, targets, ignore, losses, totals, first, last):
             losses[row] = np.float32(0.0) if target == ignore else np.log(total) - (values[target] - peak)
 
 
-@nb.njit(nogil=True, cache=True, fastmath=_MATH)
+@nb.njit(nogil=True, cache=True, fastmath=_MATH, error_model="numpy")
 def _backward(logits, width, targets, ignore, grad, totals, first, last):
     """Logits `[count, width]` become their gradients in place."""
     count = targets.shape[0]

@@ -16,6 +16,7 @@ ROWS = 16
 _WORK = 2  # operations per element for the pool's estimate, of which vectors take sixteen at a time
 # No nnan or ninf: a NaN that goes in comes out. No reassoc: it would fold the rounding inside `_exp2` away.
 _MATH = {"nsz", "arcp", "contract", "afn"}
+# The error model: a check for division by zero in every step would keep the loops from vectorising.
 _LOG2E = np.float32(1.4426950408889634)
 _MAGIC = np.float32(12582912.0)  # 1.5 * 2^23: adding it rounds to a whole number, which then lies in the low bits
 
@@ -49,7 +50,7 @@ def _exp2(value):
     return p * _from_bits((_bits(shifted) + np.int32(127)) << np.int32(23))
 
 
-@nb.njit(nogil=True, cache=True, fastmath=_MATH)
+@nb.njit(nogil=True, cache=True, fastmath=_MATH, error_model="numpy")
 def _forward(gate, gate_stride, up, up_stride, width, count, y, first, last):
     for job in range(first, last):
         for row in range(job * ROWS, min(count, (job + 1) * ROWS)):
@@ -60,7 +61,7 @@ def _forward(gate, gate_stride, up, up_stride, width, count, y, first, last):
                 target[d] = gates[d] * ups[d] / (np.float32(1.0) + _exp2(-gates[d] * _LOG2E))
 
 
-@nb.njit(nogil=True, cache=True, fastmath=_MATH)
+@nb.njit(nogil=True, cache=True, fastmath=_MATH, error_model="numpy")
 def _backward(grad, grad_stride, gate, gate_stride, up, up_stride, width, count, grad_gate, grad_up, first, last):
     for job in range(first, last):
         for row in range(job * ROWS, min(count, (job + 1) * ROWS)):

@@ -343,16 +343,18 @@ def _lane_steps(chunk, length, repeats, position, steps):
 # ---- the kernels -----------------------------------------------------------------------------------------------------
 
 
-@nb.njit(nogil=True, cache=True)
+@nb.njit(nogil=True, cache=True, error_model="numpy")
 def _forward(
     q, q_stride, k, k_stride, v, v_stride, past_k, past_k_stride, past_v, past_v_stride,
-    bounds, positions, chunk_starts, sizes, window, factor, y, peaks, shares, first, last,
+    bounds, positions, sizes, window, factor, y, stats, first, last,
 ):  # fmt: skip
     """A job is one chunk of one sequence for one key head.
 
-    `peaks` and `shares` `[rows, H]` receive the largest score (base 2) and one over the sum of exponentials.
+    `stats` `[2, rows, H]` receives the largest score (base 2), then one over the sum of exponentials.
     """
     heads, groups, width, value_width, slots = sizes
+    peaks = stats[: stats.shape[0] // 2]
+    shares = stats[stats.shape[0] // 2 :]
     repeats = heads // groups
     across = np.empty(width * LANES, np.float32)
     scores = np.empty(KEYS * LANES, np.float32)
@@ -361,14 +363,17 @@ def _forward(
     lane_peaks = np.empty(LANES, np.float32)
     lane_totals = np.empty(LANES, np.float32)
     steps = np.empty(LANES, np.int64)
-    sequence = 0
+    sequence = -1
+    before = 0
+    chunks = 0
     for job in range(first, last):
         group = job % groups
-        while job // groups >= chunk_starts[sequence + 1]:
+        while job // groups >= before + chunks:
+            before += chunks
             sequence += 1
+            chunks = -(-(bounds[sequence + 1] - bounds[sequence]) * repeats // LANES)
         # Chunks from both ends by turns: with no window the late ones cost more, and threads take runs of jobs.
-        chunk = job // groups - chunk_starts[sequence]
-        chunks = chunk_starts[sequence + 1] - chunk_starts[sequence]
+        chunk = job // groups - before
         chunk = chunk // 2 if chunk % 2 == 0 else chunks - 1 - chunk // 2
         start = bounds[sequence]
         length = bounds[sequence + 1] - start
@@ -460,10 +465,10 @@ def _forward(
                 y[head * value_width + d] = sums[d * LANES + m] * share
 
 
-@nb.njit(nogil=True, cache=True)
+@nb.njit(nogil=True, cache=True, error_model="numpy")
 def _backward(
     grad, grad_stride, q, q_stride, k, k_stride, v, v_stride, past_k, past_k_stride, past_v, past_v_stride,
-    bounds, positions, job_sequences, job_chunks, span, sizes, window, scale, y, peaks, shares,
+    bounds, positions, job_sequences, job_chunks, span, sizes, window, scale, y, stats,
     grad_q, grad_k, grad_v, grad_past_k, grad_past_v, first, last,
 ):  # fmt: skip
     """A job is a span of chunks of one sequence for one key head; spans at work at the same time share no key.
@@ -471,6 +476,8 @@ def _backward(
     The gradients of keys and values have rows padded to a multiple of 32 and start at zero.
     """
     heads, groups, width, value_width, slots = sizes
+    peaks = stats[: stats.shape[0] // 2]
+    shares = stats[stats.shape[0] // 2 :]
     repeats = heads // groups
     along_width = -(-width // LANES) * LANES
     value_along = -(-value_width // LANES) * LANES
@@ -606,6 +613,15 @@ def _backward(
 # ---- tensors ---------------------------------------------------------------------------------------------------------
 
 
+def _head_rows(tensor: Tensor) -> tuple[np.ndarray, int]:
+    """`[..., H, K]` as (flat fp32 array, stride between steps)."""
+    width = tensor.shape[-2] * tensor.shape[-1]
+    # The way of a decoded byte, where looking for the stride would take longer than some of the kernel.
+    if tensor.dtype == torch.float32 and tensor.is_contiguous():
+        return tensor.detach().view(-1).numpy(), width
+    return rows(tensor.flatten(-2), width)
+
+
 class _Plan:
     """What both passes know about one call: sequences, sizes, and the inputs as flat arrays."""
 
@@ -628,18 +644,15 @@ class _Plan:
         self.positions = np.zeros(self.count, np.int64) if position is None else position.contiguous().numpy()
         self.sizes = (heads, groups, width, value_width, slots)
         self.window = _NO_WINDOW if window is None else min(window, _NO_WINDOW)
-        self.chunks = -(-(self.bounds[1:] - self.bounds[:-1]) * (heads // groups) // LANES)
-        past_k = k.new_empty(0, 0, groups, width) if past_k is None else past_k
-        past_v = v.new_empty(0, 0, groups, value_width) if past_v is None else past_v
-        self.inputs = (
-            *rows(q.flatten(2), heads * width),
-            *rows(k.flatten(2), groups * width),
-            *rows(v.flatten(2), groups * value_width),
-            *rows(past_k.flatten(2), groups * width),
-            *rows(past_v.flatten(2), groups * value_width),
-        )
+        past = _head_rows(k[:0]) + _head_rows(v[:0]) if past_k is None else _head_rows(past_k) + _head_rows(past_v)
+        self.inputs = _head_rows(q) + _head_rows(k) + _head_rows(v) + past
         reach = min(self.window, slots + time)
         self.work = batch * time * heads * reach * (width + value_width) // VECTOR
+
+    def chunks(self) -> np.ndarray:
+        """How many chunks each sequence has, int64 [S]."""
+        heads, groups = self.sizes[:2]
+        return -(-(self.bounds[1:] - self.bounds[:-1]) * (heads // groups) // LANES)
 
 
 def forward(
@@ -652,20 +665,20 @@ def forward(
     offsets: Tensor | None,
     window: int | None,
     scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:
     """Kernel of `milonga::window_attention` on the CPU."""
     plan = _Plan(q, k, v, past_k, past_v, position, offsets, window)
     batch, time, heads, _ = q.shape
     groups, value_width = v.shape[2:]
     y = torch.empty(batch, time, heads, value_width)
-    peaks, shares = torch.empty(batch, time, heads), torch.empty(batch, time, heads)
-    starts = np.zeros(plan.count + 1, np.int64)
-    np.cumsum(plan.chunks, out=starts[1:])
+    stats = torch.empty(2, batch, time, heads)
+    repeats = heads // groups
+    chunks = batch * -(-time * repeats // LANES) if offsets is None else int(plan.chunks().sum())
     cpu_pool.run(
-        _forward, int(starts[-1]) * groups, plan.work, *plan.inputs, plan.bounds, plan.positions, starts, plan.sizes,
-        plan.window, np.float32(scale * LOG2E), flat(y), flat(peaks), flat(shares),
+        _forward, chunks * groups, plan.work, *plan.inputs, plan.bounds, plan.positions, plan.sizes,
+        plan.window, np.float32(scale * LOG2E), y.view(-1).numpy(), stats.view(-1).numpy(),
     )  # fmt: skip
-    return y.to(q.dtype), peaks, shares
+    return y.to(q.dtype), stats
 
 
 def backward(
@@ -680,8 +693,7 @@ def backward(
     window: int | None,
     scale: float,
     y: Tensor,
-    peaks: Tensor,
-    shares: Tensor,
+    stats: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Kernel of `milonga::window_attention_backward` on the CPU."""
     plan = _Plan(q, k, v, past_k, past_v, position, offsets, window)
@@ -694,16 +706,17 @@ def backward(
     grad_past_k = torch.zeros(count, slots, groups, along)
     grad_past_v = torch.zeros(count, slots, groups, value_along)
     # A span has at least `window` steps, so its keys lie in it and the one before: even spans first, then odd ones.
-    span = min(-(-max(plan.window, SPAN) * (heads // groups) // LANES), int(plan.chunks.max(initial=1)))
-    spans = -(-plan.chunks // max(span, 1))
+    chunks = plan.chunks()
+    span = min(-(-max(plan.window, SPAN) * (heads // groups) // LANES), int(chunks.max(initial=1)))
+    spans = -(-chunks // span)
     for parity in (0, 1):
-        shares_of = (spans + 1 - parity) // 2
-        sequences = np.repeat(np.arange(plan.count), shares_of)
-        nth = np.arange(sequences.size) - np.repeat(np.cumsum(shares_of) - shares_of, shares_of)
+        per_sequence = (spans + 1 - parity) // 2
+        sequences = np.repeat(np.arange(plan.count), per_sequence)
+        nth = np.arange(sequences.size) - np.repeat(np.cumsum(per_sequence) - per_sequence, per_sequence)
         cpu_pool.run(
-            _backward, sequences.size * groups, plan.work * 3, *rows(grad.flatten(2), heads * value_width),
+            _backward, sequences.size * groups, plan.work * 3, *_head_rows(grad),
             *plan.inputs, plan.bounds, plan.positions, sequences, (2 * nth + parity) * span, span, plan.sizes,
-            plan.window, np.float32(scale), flat(y), flat(peaks), flat(shares), flat(grad_q), flat(grad_k),
+            plan.window, np.float32(scale), flat(y), flat(stats), flat(grad_q), flat(grad_k),
             flat(grad_v), flat(grad_past_k), flat(grad_past_v),
         )  # fmt: skip
     past_dtype = q.dtype if past_k is None else past_k.dtype

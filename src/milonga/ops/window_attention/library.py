@@ -19,8 +19,8 @@ def window_attention_op(
     offsets: Tensor | None,
     window: int | None,
     scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """-> (y `[B T H V]`, each query's largest score (base 2) and one over its sum of exponentials, fp32 `[B T H]`)."""
+) -> tuple[Tensor, Tensor]:
+    """-> (y `[B T H V]`; of each query the largest score (base 2), then one over the sum of exponentials, `[2 B T H]`)."""
     return kernels("window_attention", "cpu").forward(q, k, v, past_k, past_v, position, offsets, window, scale)
 
 
@@ -35,9 +35,9 @@ def _(
     offsets: Tensor | None,
     window: int | None,
     scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:
     y = q.new_empty(*q.shape[:3], v.shape[3])
-    return y, q.new_empty(q.shape[:3], dtype=torch.float32), q.new_empty(q.shape[:3], dtype=torch.float32)
+    return y, q.new_empty(2, *q.shape[:3], dtype=torch.float32)
 
 
 @torch.library.custom_op("milonga::window_attention_backward", mutates_args=(), device_types="cpu")
@@ -53,12 +53,11 @@ def window_attention_backward_op(
     window: int | None,
     scale: float,
     y: Tensor,
-    peaks: Tensor,
-    shares: Tensor,
+    stats: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """-> gradients of q, k, v, past_k and past_v (the last two empty where there is no past)."""
     return kernels("window_attention", "cpu").backward(
-        grad, q, k, v, past_k, past_v, position, offsets, window, scale, y, peaks, shares
+        grad, q, k, v, past_k, past_v, position, offsets, window, scale, y, stats
     )
 
 
@@ -75,8 +74,7 @@ def _(
     window: int | None,
     scale: float,
     y: Tensor,
-    peaks: Tensor,
-    shares: Tensor,
+    stats: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     past = [
         like.new_empty(0, 0, *like.shape[2:]) if given is None else given.new_empty(given.shape)
@@ -85,14 +83,14 @@ def _(
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), past[0], past[1]
 
 
-def _setup(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
+def _setup(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
     q, k, v, past_k, past_v, position, offsets, ctx.window, ctx.scale = inputs
     ctx.save_for_backward(q, k, v, past_k, past_v, position, offsets, *output)
 
 
 def _backward(ctx: Any, grad: Tensor, *_: Tensor | None) -> tuple:
-    *inputs, y, peaks, shares = ctx.saved_tensors
-    gradients = window_attention_backward_op(grad, *inputs, ctx.window, ctx.scale, y, peaks, shares)
+    *inputs, y, stats = ctx.saved_tensors
+    gradients = window_attention_backward_op(grad, *inputs, ctx.window, ctx.scale, y, stats)
     past = (None, None) if inputs[3] is None else gradients[3:]
     return *gradients[:3], *past, None, None, None, None
 
