@@ -1,0 +1,138 @@
+"""One step: losses of a batch, gradients, clipping, update. Micro-batches give the gradient of the whole batch."""
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Literal, NamedTuple
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from milonga.data.windows import IGNORED, Batch
+from milonga.models import Network, NetworkOutput, NetworkState
+from milonga.segments import Segments
+from milonga.state import batch_size, detach, merge, select
+from milonga.training.optimizer import Optimizer
+
+Forward = Callable[..., NetworkOutput]  # a network, or what `torch.compile` made of it
+
+
+class Piece(NamedTuple):
+    """A micro-batch: some rows of a batch, or some sequences of a packed one, and the rows of the state beside it."""
+
+    tokens: Int[Tensor, "B T"]
+    targets: Int[Tensor, "B T"]
+    segments: Segments | None
+    rows: slice
+
+
+class StepResult(NamedTuple):
+    """What a step computed. `nats` is the sum over `tokens` targets; `state` is cut from the graph, None without one."""
+
+    nats: float
+    tokens: int
+    grad_norm: float
+    state: NetworkState | None
+
+
+def micro_batches(batch: Batch, count: int) -> Iterator[Piece]:
+    """The batch in up to `count` pieces: equal shares of rows, or of a packed row near-equal runs of whole sequences."""
+    if batch.segments is None:
+        share = -(-batch.tokens.shape[0] // count)
+        for first in range(0, batch.tokens.shape[0], share):
+            rows = slice(first, first + share)
+            yield Piece(batch.tokens[rows], batch.targets[rows], None, rows)
+        return
+    offsets = batch.segments.offsets
+    wanted = torch.arange(1, count, dtype=torch.int64) * batch.segments.total // count
+    bounds = [0, *torch.searchsorted(offsets, wanted).tolist(), batch.segments.count]
+    for first, last in zip(bounds, bounds[1:], strict=False):
+        start, end = int(offsets[first]), int(offsets[last])
+        if end > start:
+            segments = Segments(offsets[first : last + 1] - start)
+            yield Piece(batch.tokens[:, start:end], batch.targets[:, start:end], segments, slice(first, last))
+
+
+def backward(
+    network: Forward,
+    batch: Batch,
+    state: NetworkState | None,
+    *,
+    device: torch.device,
+    precision: Literal["fp32", "bf16"] = "fp32",
+    accumulation: int = 1,
+) -> tuple[float, int, NetworkState | None]:
+    """Add the gradient of the mean loss over all targets of the batch: -> (sum of losses in nats, targets, next state).
+
+    The gradient does not depend on `accumulation` but for rounding. With a state (one row per sequence) training carries
+    it from step to step: the next state is returned, cut from the graph.
+    """
+    tokens = int((batch.targets != IGNORED).sum())
+    nats = torch.zeros((), dtype=torch.float64)
+    states: list[NetworkState] = []
+    for piece in micro_batches(batch, accumulation):
+        before = state
+        if state is not None and accumulation > 1:
+            before = select(state, list(range(*piece.rows.indices(batch_size(state)))))
+        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+            output = network(
+                piece.tokens.to(device, torch.int64),
+                before,
+                segments=piece.segments,
+                targets=piece.targets.to(device, torch.int64),
+            )
+        total = output.losses.sum(dtype=torch.float32)
+        (total / max(1, tokens)).backward()
+        nats += total.detach().to("cpu", torch.float64)
+        if state is not None:
+            states.append(detach(output.state))
+    if state is None:
+        return float(nats), tokens, None
+    return float(nats), tokens, states[0] if len(states) == 1 else merge(states)
+
+
+def training_step(
+    network: Forward,
+    optimizer: Optimizer,
+    batch: Batch,
+    state: NetworkState | None = None,
+    *,
+    device: torch.device,
+    lr: float,
+    clip: float | None = 1.0,
+    precision: Literal["fp32", "bf16"] = "fp32",
+    accumulation: int = 1,
+) -> StepResult:
+    """One update of the weights from one batch.
+
+    Where the loss or the gradient's norm is NaN or infinite nothing is updated: the caller sees it in the result.
+    """
+    optimizer.zero_grad()
+    nats, tokens, after = backward(network, batch, state, device=device, precision=precision, accumulation=accumulation)
+    parameters = list(optimizer.names.values())
+    norm = float(torch.nn.utils.clip_grad_norm_(parameters, math.inf if clip is None else clip))
+    if math.isfinite(nats) and math.isfinite(norm):
+        optimizer.set_learning_rate(lr)
+        optimizer.step()
+    return StepResult(nats, tokens, norm, after)
+
+
+def enter(network: Network, rows: NetworkState, batch: Batch) -> NetworkState:
+    """The state with which a batch begins, a row per sequence: -> what `training_step` takes.
+
+    The sequence that starts row r goes on from `rows[r]`, unless the row is fresh; every other one starts empty.
+    """
+    count = batch.fresh.numel() if batch.segments is None else batch.segments.count
+    index = [batch.fresh.numel()] * count  # the empty row, appended below
+    for row, (sequence, fresh) in enumerate(zip(batch.first.tolist(), batch.fresh.tolist(), strict=True)):
+        if not fresh:
+            index[sequence] = row
+    if index == list(range(batch.fresh.numel())):
+        return rows
+    weight = network.embedding.weight
+    return select(merge([rows, network.init_state(1, device=weight.device, dtype=weight.dtype)]), index)
+
+
+def leave(state: NetworkState, batch: Batch) -> NetworkState:
+    """The state of each row after a batch, from the states of its sequences: what the next batch goes on from."""
+    return state if batch.segments is None else select(state, batch.last)
