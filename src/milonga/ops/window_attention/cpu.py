@@ -486,6 +486,7 @@ def _backward(
     along = np.empty(along_width * LANES, np.float32)
     grad_across = np.empty(value_width * LANES, np.float32)
     grad_along = np.empty(value_along * LANES, np.float32)
+    y_across = np.empty(value_width * LANES, np.float32)
     query_sums = np.empty(width * LANES, np.float32)
     weights = np.empty(KEYS * LANES, np.float32)
     slopes = np.empty(KEYS * LANES, np.float32)
@@ -513,19 +514,26 @@ def _backward(
             )  # fmt: skip
             _turn(grad_across, value_width, np.float32(1.0), grad_along, value_along)
             _lane_steps(chunk, length, repeats, position, steps)
+            _gather(
+                y, heads * value_width, value_width, start, group, repeats, chunk, length, value_width, np.float32(1.0),
+                y_across,
+            )  # fmt: skip
+            # In the same order as the panel multiplies values: where a query sees one key its slope is exactly zero.
+            dot0 = _splat(np.float32(0.0))
+            dot1 = dot0
+            for d in range(0, value_width * LANES, LANES):
+                dot0 = _fma(_load(y_across, d), _load(grad_across, d), dot0)
+                dot1 = _fma(_load(y_across, d + VECTOR), _load(grad_across, d + VECTOR), dot1)
+            _store(dots, 0, dot0)
+            _store(dots, VECTOR, dot1)
             for m in range(LANES):
                 bases[m] = np.float32(0.0)
                 lane_shares[m] = np.float32(0.0)
-                dots[m] = np.float32(0.0)
             for m in range(lanes):
                 index = chunk * LANES + m
                 head = (start + index // repeats) * heads + group * repeats + index % repeats
                 bases[m] = peaks[head]
                 lane_shares[m] = shares[head]
-                total = np.float32(0.0)
-                for d in range(value_width):
-                    total += grad_across[d * LANES + m] * y[head * value_width + d]
-                dots[m] = total
             _clear(query_sums, 0, width * LANES)
             end = steps[LANES - 1] + 1
             key = max(0, position - slots, steps[0] - window + 1)

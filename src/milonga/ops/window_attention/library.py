@@ -20,7 +20,7 @@ def window_attention_op(
     window: int | None,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """-> (y `[B T H V]`; of each query the largest score (base 2), then one over the sum of exponentials, `[2 B T H]`)."""
+    """-> (y `[B T H V]`; each query's largest score in base 2, then one over its sum of exponentials, `[2 B T H]`)."""
     return kernels("window_attention", "cpu").forward(q, k, v, past_k, past_v, position, offsets, window, scale)
 
 
