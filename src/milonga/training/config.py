@@ -176,7 +176,7 @@ def read_recipe(recipe: str | Path) -> dict[str, Any]:
 
 
 def expand_preset(settings: dict[str, Any]) -> None:
-    """Put a preset's config where `model` names one: as `model: NAME`, or as `preset: NAME` beside what differs from it.
+    """Put a preset's config where `model` names one: `model: NAME`, or `preset: NAME` beside what differs from it.
 
     Raises:
         UserError: if there is no such preset.

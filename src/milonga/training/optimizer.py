@@ -111,7 +111,7 @@ def _split_by_decay(network: Network, parameters: Parameters, config: OptimizerC
 def _hidden_matrices(network: Network) -> Parameters:
     """The weights of linear layers in the stack: what Muon orthogonalises. Embedding and head are not among them."""
     return {
-        f"sublayers.{name}.weight": module.weight
+        f"sublayers.{name}.weight": module.get_parameter("weight")
         for name, module in network.sublayers.named_modules()
         if isinstance(module, nn.Linear)
     }

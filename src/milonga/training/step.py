@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from typing import Literal, NamedTuple
 
 import torch
@@ -27,7 +28,7 @@ class Piece(NamedTuple):
 
 
 class StepResult(NamedTuple):
-    """What a step computed. `nats` is the sum over `tokens` targets; `state` is cut from the graph, None without one."""
+    """What a step computed: `nats` is the sum over `tokens` targets, `state` is detached (None without one)."""
 
     nats: float
     tokens: int
@@ -36,7 +37,7 @@ class StepResult(NamedTuple):
 
 
 def micro_batches(batch: Batch, count: int) -> Iterator[Piece]:
-    """The batch in up to `count` pieces: equal shares of rows, or of a packed row near-equal runs of whole sequences."""
+    """The batch in up to `count` pieces: equal shares of rows, or of a packed row runs of whole sequences."""
     if batch.segments is None:
         share = -(-batch.tokens.shape[0] // count)
         for first in range(0, batch.tokens.shape[0], share):
@@ -46,7 +47,7 @@ def micro_batches(batch: Batch, count: int) -> Iterator[Piece]:
     offsets = batch.segments.offsets
     wanted = torch.arange(1, count, dtype=torch.int64) * batch.segments.total // count
     bounds = [0, *torch.searchsorted(offsets, wanted).tolist(), batch.segments.count]
-    for first, last in zip(bounds, bounds[1:], strict=False):
+    for first, last in pairwise(bounds):
         start, end = int(offsets[first]), int(offsets[last])
         if end > start:
             segments = Segments(offsets[first : last + 1] - start)
@@ -64,8 +65,8 @@ def backward(
 ) -> tuple[float, int, NetworkState | None]:
     """Add the gradient of the mean loss over all targets of the batch: -> (sum of losses in nats, targets, next state).
 
-    The gradient does not depend on `accumulation` but for rounding. With a state (one row per sequence) training carries
-    it from step to step: the next state is returned, cut from the graph.
+    The gradient does not depend on `accumulation` but for rounding. With a state (one row per sequence) training
+    carries it from step to step: the next state is returned, cut from the graph.
     """
     tokens = int((batch.targets != IGNORED).sum())
     nats = torch.zeros((), dtype=torch.float64)
@@ -81,6 +82,7 @@ def backward(
                 segments=piece.segments,
                 targets=piece.targets.to(device, torch.int64),
             )
+        assert output.losses is not None, "targets give losses"
         total = output.losses.sum(dtype=torch.float32)
         (total / max(1, tokens)).backward()
         nats += total.detach().to("cpu", torch.float64)
