@@ -29,6 +29,7 @@ class Segments:
             raise ValueError(f"segments: offsets must start at 0, got {int(self.offsets[0])}")
         if bool((self.offsets.diff() < 0).any()):
             raise ValueError(f"segments: offsets must never decrease, got {self.offsets.tolist()[:16]}")
+        self._total = int(self.offsets[-1])
         self._copies: dict[torch.device, torch.Tensor] = {}
 
     @classmethod
@@ -47,7 +48,7 @@ class Segments:
     @property
     def total(self) -> int:
         """T, the number of steps in the packed row."""
-        return int(self.offsets[-1])
+        return self._total
 
     @property
     def lengths(self) -> torch.Tensor:

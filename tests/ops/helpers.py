@@ -24,7 +24,13 @@ def outputs_and_gradients(
     outputs = list(op(*leaves))
     if upstream is None:
         upstream = [torch.randn(out.shape, dtype=torch.float64) for out in outputs]
-    gradients = torch.autograd.grad(outputs, leaves, [g.to(o.dtype) for g, o in zip(upstream, outputs, strict=True)])
+    gradients = torch.autograd.grad(
+        outputs,
+        leaves,
+        [g.to(o.dtype) for g, o in zip(upstream, outputs, strict=True)],
+        allow_unused=True,  # at T = 0 outputs depend on nothing
+        materialize_grads=True,
+    )
     return [o.detach() for o in outputs], list(upstream), list(gradients)
 
 

@@ -1,9 +1,9 @@
 """Which implementation an op runs on: decided here and nowhere else.
 
-Every op has a `reference` (a plain definition in PyTorch that runs anywhere and in float64). The `cpu` backend is Numba,
-the `triton` backend is Triton on a GPU. `auto` takes the fast path of the tensor's device where it exists for the dtype,
-else the reference: `choice` says which, and `milonga doctor` prints it. A backend asked for by name that cannot run is an
-error, never another backend.
+Every op has a `reference` (a plain definition in PyTorch that runs anywhere and in float64). The `cpu` backend is
+Numba, the `triton` backend is Triton on a GPU. `auto` takes the fast path of the tensor's device where it exists for
+the dtype, else the reference: `choice` says which, and `milonga doctor` prints it. A backend asked for by name that
+cannot run is an error, never another backend.
 """
 
 import importlib
@@ -63,6 +63,19 @@ def choice(op: str, backend: str, device: str, dtype: torch.dtype) -> str:
     if reason:
         raise ValueError(f"{op}: backend {backend!r} cannot run here: {reason}")
     return backend
+
+
+def direct(x: torch.Tensor) -> bool:
+    """Whether an op may call its CPU kernel itself: nothing is differentiated or traced.
+
+    A PyTorch operator around the kernel would then only cost time, 7 to 10 us a call, which shows in decoding.
+    """
+    return (
+        not torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+        and type(x) is torch.Tensor
+        and x.device.type == "cpu"
+    )
 
 
 @cache

@@ -1,34 +1,48 @@
 """Tensors as the flat fp32 arrays that the Numba kernels take.
 
-A kernel sees every input as a one-dimensional contiguous array and a row stride, so that a slice of a wider tensor (the
-halves of a projection) needs no copy and each kernel is compiled once. Lower precisions are widened to fp32 at this door.
+A kernel sees every input as a one-dimensional contiguous array and a row stride, so that a slice of a wider tensor
+(the halves of a projection) needs no copy and each kernel is compiled once. Lower precisions are widened to fp32 at
+this door.
 """
 
 import numpy as np
 import torch
 from torch import Tensor
 
-
-def flat(tensor: Tensor) -> np.ndarray:
-    """All of `tensor` as a contiguous fp32 array `[numel]` (no copy where it is one already)."""
-    return tensor.detach().to(torch.float32).contiguous().view(-1).numpy()
+# What a kernel gets for an argument that is absent.
+EMPTY = np.empty(0, np.float32)
 
 
-def rows(tensor: Tensor, width: int) -> tuple[np.ndarray, int]:
+def flat(tensor: Tensor | None) -> np.ndarray:
+    """All of `tensor` as a contiguous fp32 array `[numel]` (no copy where it is one already); empty if it is None."""
+    if tensor is None:
+        return EMPTY
+    if tensor.requires_grad:
+        tensor = tensor.detach()
+    if tensor.dtype != torch.float32:
+        tensor = tensor.to(torch.float32)
+    return tensor.contiguous().view(-1).numpy()
+
+
+def rows(tensor: Tensor | None, width: int) -> tuple[np.ndarray, int]:
     """`[..., width]` as (flat fp32 array, stride between rows); element (r, e) is at `r * stride + e`.
 
-    No copy is made where the rows are evenly spaced and the last dimension is contiguous.
+    No copy is made where the rows are evenly spaced and the last dimension is contiguous. None gives an empty array.
     """
-    values = tensor.detach()
+    if tensor is None:
+        return EMPTY, width
+    values = tensor.detach() if tensor.requires_grad else tensor
     if values.dtype != torch.float32:
         values = values.to(torch.float32)
+    if values.is_contiguous():
+        return values.view(-1).numpy(), width
     stride = _row_stride(values)
     if stride is None:
         values = values.contiguous()
         stride = width
     count = values.numel() // width if width else 0
     if count == 0:
-        return np.empty(0, np.float32), width
+        return EMPTY, width
     return values.as_strided(((count - 1) * stride + width,), (1,)).numpy(), stride
 
 

@@ -1,0 +1,11 @@
+"""Where the forward pass keeps the states from which the backward pass recomputes all others."""
+
+# Steps between two checkpoints.
+CHUNK = 32
+# Channels are padded to a multiple of this, whatever the width of a vector.
+PAD = 16
+
+
+def checkpoint_shape(rows: int, sequences: int, width: int, states: int, save: bool) -> tuple[int, int]:
+    """Shape of all checkpoints of `rows` steps in `sequences` sequences; no rows if they are not to be saved."""
+    return (rows // CHUNK + sequences if save else 0), (width + PAD - 1) // PAD * PAD * states
