@@ -54,7 +54,8 @@ def trained(tmp_path_factory):
     (folder / "my_texts").mkdir()
     for number in range(4):
         (folder / "my_texts" / f"{number}.txt").write_text(f"Chapter {number}\n" + paragraph * 200)
-    _shell("milonga train demo --out runs/demo --set training.steps=3", folder)
+    small = "--set training.steps=3 --set training.batch=2 --set training.window=128 --set evaluation.tokens=1024"
+    _shell(f"milonga train demo --out runs/demo {small}", folder)
     return folder
 
 
