@@ -30,7 +30,9 @@ def write_texts(folder, documents=6, lines=12):
     """A folder of short documents, each different."""
     folder.mkdir(parents=True, exist_ok=True)
     for number in range(documents):
-        text = [f"{number}.{line} {SENTENCES[(number + line) % 3]}, {number * line}\n" for line in range(lines + number)]
+        text = [
+            f"{number}.{line} {SENTENCES[(number + line) % 3]}, {number * line}\n" for line in range(lines + number)
+        ]
         (folder / f"{number}.txt").write_text("".join(text))
     return folder
 
@@ -83,7 +85,7 @@ def contents(checkpoint):
     for path in sorted(Path(checkpoint).glob("*.safetensors")):
         with safe_open(path, framework="pt") as file:
             held[path.name] = file.metadata()
-            for name in file.keys():
+            for name in file.keys():  # noqa: SIM118  a handle, not a dict
                 tensor = file.get_tensor(name)
                 raw = tensor.reshape(-1).view(torch.uint8).numpy().tobytes()
                 held[f"{path.name}/{name}"] = (tensor.dtype, tuple(tensor.shape), raw)
