@@ -24,12 +24,12 @@ def outputs_and_gradients(
     outputs = list(op(*leaves))
     if upstream is None:
         upstream = [torch.randn(out.shape, dtype=torch.float64) for out in outputs]
+    # At T = 0 an output, or all of them, may depend on nothing.
+    used = [(o, g.to(o.dtype)) for o, g in zip(outputs, upstream, strict=True) if o.requires_grad]
+    if not used:
+        return [o.detach() for o in outputs], list(upstream), [torch.zeros_like(leaf) for leaf in leaves]
     gradients = torch.autograd.grad(
-        outputs,
-        leaves,
-        [g.to(o.dtype) for g, o in zip(upstream, outputs, strict=True)],
-        allow_unused=True,  # at T = 0 outputs depend on nothing
-        materialize_grads=True,
+        [o for o, _ in used], leaves, [g for _, g in used], allow_unused=True, materialize_grads=True
     )
     return [o.detach() for o in outputs], list(upstream), list(gradients)
 
