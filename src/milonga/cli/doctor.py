@@ -1,6 +1,5 @@
 """`milonga doctor`: what this installation has, what each op runs on, and whether the results are right."""
 
-import os
 import platform
 from importlib import metadata
 
@@ -10,6 +9,7 @@ from llvmlite import binding as llvm
 from milonga import __version__
 from milonga.cli import console
 from milonga.cli.selftest import Result, cases, check
+from milonga.evaluation.machine import describe_machine
 from milonga.ops.backend import OPS, choice, kernels
 
 PACKAGES = ("torch", "numba", "triton", "numpy", "pydantic", "safetensors")
@@ -36,15 +36,15 @@ def _version(package: str) -> str | None:
 
 def machine() -> dict[str, object]:
     """The machine and the versions, as `--json` prints them."""
-    present = llvm.get_host_cpu_features()
+    here, present = describe_machine(), llvm.get_host_cpu_features()
     return {
         "milonga": __version__,
-        "python": platform.python_version(),
+        "python": here.python,
         "packages": {package: _version(package) for package in PACKAGES},
         "system": platform.platform(),
-        "cpu": llvm.get_host_cpu_name(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
+        "cpu": here.cpu,
+        "cores": here.cores,
+        "threads": here.threads,
         "instruction_sets": [name for name in VECTORS if present.get(name)],
         "gpus": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
     }
