@@ -18,3 +18,12 @@ def _seeded_and_filled():
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield
     torch.use_deterministic_algorithms(False)
+
+
+def pytest_collection_modifyitems(items):
+    """Tests marked `gpu` run wherever a GPU is."""
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
