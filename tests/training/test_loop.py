@@ -2,7 +2,9 @@
 
 import json
 import math
+import signal
 import sys
+import threading
 
 import pytest
 import torch
@@ -192,3 +194,13 @@ def test_run_yaml_is_what_a_recipe_is(texts, tmp_path):
     settings = yaml.safe_load((tmp_path / "run" / "run.yaml").read_text())
     assert settings["training"]["steps"] == 2
     assert train(RunConfig.load(tmp_path / "run" / "run.yaml"), tmp_path / "copy").step == 2
+
+
+def test_a_run_in_another_thread_leaves_signals_alone(texts, tmp_path):
+    before = signal.getsignal(signal.SIGINT)
+    results = []
+    worker = threading.Thread(target=lambda: results.append(train(runs.config(texts, steps=2), tmp_path / "run")))
+    worker.start()
+    worker.join(60)
+    assert [result.step for result in results] == [2]
+    assert signal.getsignal(signal.SIGINT) is before
