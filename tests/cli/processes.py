@@ -8,40 +8,61 @@ import json
 import os
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
 SERVER = """
-import json, os, resource, signal, sys
+import json, os, resource, select, signal, sys
 import milonga.cli.evaluate, milonga.cli.generate, milonga.cli.presets, milonga.cli.train, milonga.cli.main
-import milonga.evaluation, milonga.inference
+import milonga.cli.demo
+from milonga.ops.backend import OPS, kernels
+
+for op in OPS:
+    kernels(op, "cpu").compile_kernels()
+
+
+def run(job, pipes):
+    os.setsid()
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    for number, (_, writing) in pipes.items():
+        os.dup2(writing, number)
+    sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False, buffering=1)
+    os.chdir(job["folder"])
+    if job["file_limit"] is not None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (job["file_limit"], job["file_limit"]))
+    sys.argv = ["milonga", *[os.fsdecode(bytes.fromhex(word)) for word in job["arguments"]]]
+    milonga.cli.main.main()
+
 
 for line in sys.stdin:
-    job = json.loads(line)
+    pipes = {1: os.pipe(), 2: os.pipe()}
     child = os.fork()
     if child == 0:
-        os.setsid()
-        for number, path in ((0, job["stdin"]), (1, job["stdout"]), (2, job["stderr"])):
-            os.dup2(os.open(path, os.O_RDWR | os.O_CREAT), number)
-        os.chdir(job["folder"])
-        if job["file_limit"] is not None:
-            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-            resource.setrlimit(resource.RLIMIT_FSIZE, (job["file_limit"], job["file_limit"]))
-        sys.argv = ["milonga", *[os.fsdecode(bytes.fromhex(word)) for word in job["arguments"]]]
+        code = 1
         try:
-            milonga.cli.main.main()
+            run(json.loads(line), pipes)
         except SystemExit as leaving:
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(leaving.code or 0)
+            code = leaving.code or 0
         except BaseException:
-            import traceback
-            traceback.print_exc()
-            os._exit(1)
-        os._exit(99)
+            sys.excepthook(*sys.exc_info())
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    texts = {1: b"", 2: b""}
+    left = {}
+    for number, (reading, writing) in pipes.items():
+        os.close(writing)
+        left[reading] = number
+    while left:
+        for reading in select.select(list(left), [], [])[0]:
+            piece = os.read(reading, 65536)
+            texts[left[reading]] += piece
+            if not piece:
+                os.close(reading)
+                del left[reading]
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    print(json.dumps(code), flush=True)
+    print(json.dumps([code, texts[1].decode(), texts[2].decode()]), flush=True)
 """
 
 
@@ -76,24 +97,20 @@ class Server:
 
     def __init__(self):
         self._process = subprocess.Popen(
-            [sys.executable, "-c", SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            [sys.executable, "-c", SERVER],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},  # it forks: no thread may be running
         )
 
-    def run(self, *arguments, folder, stdin=b"", file_limit=None) -> Done:
+    def run(self, *arguments, folder, file_limit=None) -> Done:
         """Run one command line (str or bytes words) in `folder`; no file may grow past `file_limit` bytes."""
-        with tempfile.TemporaryDirectory() as place:
-            paths = {name: str(Path(place) / name) for name in ("stdin", "stdout", "stderr")}
-            Path(paths["stdin"]).write_bytes(stdin)
-            job = paths | {
-                "arguments": [os.fsencode(word).hex() for word in arguments],
-                "folder": str(folder),
-                "file_limit": file_limit,
-            }
-            self._process.stdin.write(json.dumps(job) + "\n")
-            self._process.stdin.flush()
-            code = json.loads(self._process.stdout.readline())
-            out, err = (Path(paths[name]).read_bytes().decode() for name in ("stdout", "stderr"))
-            return Done(code, out, err)
+        words = [os.fsencode(word).hex() for word in arguments]
+        job = {"arguments": words, "folder": str(folder), "file_limit": file_limit}
+        self._process.stdin.write(json.dumps(job) + "\n")
+        self._process.stdin.flush()
+        return Done(*json.loads(self._process.stdout.readline()))
 
     def close(self):
         """End the process."""
