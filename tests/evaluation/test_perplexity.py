@@ -6,6 +6,7 @@ import json
 import lzma
 import shutil
 import subprocess
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -38,7 +39,7 @@ def test_the_mean_over_a_document_is_that_of_a_session():
 @settings(max_examples=5)
 def test_the_pieces_a_text_comes_in_do_not_matter(cuts):
     edges = [0, *sorted(cuts), len(TEXT)]
-    pieces = [TEXT[i:j] for i, j in zip(edges, edges[1:], strict=False)]
+    pieces = [TEXT[i:j] for i, j in pairwise(edges)]
     whole, cut = evaluate_perplexity(LM, [("boat", [TEXT])]), evaluate_perplexity(LM, [("boat", pieces)])
     assert cut.bits_per_byte == pytest.approx(whole.bits_per_byte, rel=2e-6)
     assert [b.bytes for b in cut.buckets] == [b.bytes for b in whole.buckets]

@@ -22,11 +22,11 @@ _VARIABLES = {
     _SECOND: "var(--second)",
     _OTHER: "var(--other)",
 }
-_SIZE = (5.4, 3.5)  # inches; 72 SVG units each, so text of 11 points is about 11 pixels on a phone
+_SIZE = (4.7, 3.1)  # inches of 72 SVG units: about as many pixels as a phone has, so its text is not shrunk
 _STYLE = {
     "svg.fonttype": "none",
     "svg.hashsalt": "milonga",
-    "font.size": 11,
+    "font.size": 10,
     "axes.edgecolor": _GRID,
     "axes.labelcolor": _MUTED,
     "axes.linewidth": 1.0,
@@ -55,12 +55,12 @@ def byte_count(value: float) -> str:
 
 
 def byte_size(value: float) -> str:
-    """`670 KiB`, `3.1 GiB`: bytes of memory."""
+    """`670 KiB`, `3.1 GiB`: bytes of memory, held together by a space that does not break."""
     for unit in ("bytes", "KiB", "MiB", "GiB"):
         if value < 1000:
-            return f"{value:.3g} {unit}"
+            return f"{value:.3g}\N{NO-BREAK SPACE}{unit}"
         value /= 1024
-    return f"{value:.3g} TiB"
+    return f"{value:.3g}\N{NO-BREAK SPACE}TiB"
 
 
 def _figure() -> tuple[Figure, Axes]:
@@ -108,13 +108,12 @@ def _end_label(axes: Axes, x: float, y: float, text: str, colour: str, *, above:
     )
 
 
-def loss_curve(metrics: Metrics, xz: float, heldout: float | None = None) -> str:
+def loss_curve(metrics: Metrics, xz: float) -> str:
     """Bits per byte over steps: of the training text, of held-out windows, and what xz needs.
 
     Args:
         metrics: lines of `metrics.jsonl`: `step` with `bits_per_byte`, or with `heldout_bits_per_byte`.
         xz: bits per byte of xz on the held-out text.
-        heldout: bits per byte of the finished model on the whole held-out text.
     """
     train = [(line["step"], line["bits_per_byte"]) for line in metrics if line.get("bits_per_byte") is not None]
     held = [
@@ -126,34 +125,23 @@ def loss_curve(metrics: Metrics, xz: float, heldout: float | None = None) -> str
         figure, axes = _figure()
         last = max((step for step, _ in (*train, *held)), default=1)
         if train:
-            axes.plot(*zip(*train, strict=True), color=_SECOND, linewidth=1.6)
+            axes.plot(*zip(*train, strict=True), color=_SECOND, linewidth=1.6, label="training text")
         if held:
             marker = "o" if len(held) <= 40 else ""
-            axes.plot(*zip(*held, strict=True), color=_MODEL, marker=marker, markersize=4.5)
+            axes.plot(*zip(*held, strict=True), color=_MODEL, marker=marker, markersize=4, label="held-out text")
         axes.axhline(xz, color=_OTHER, linestyle=(0, (4, 3)), linewidth=1.6)
         values = [value for _, value in (*train, *held)] + [xz]
-        low, high = min([*values, heldout or xz]), min(max(values), max(xz + 1.2, 4.0))
+        low, high = min(values), min(max(values), max(xz + 1.2, 4.0))
         axes.set_ylim(low - 0.16 * (high - low), high)
         axes.set_xlim(0, last * 1.02)
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         axes.yaxis.set_major_locator(MaxNLocator(6))
-        _end_label(axes, last * 1.02, xz, f"xz -9e  {xz:.2f}", _OTHER)
-        _curve_labels(axes, train, held, last)
+        _end_label(axes, last * 1.02, xz, f"xz -9e {xz:.2f}", _OTHER)
+        # curves come from the top left, so the top right is free
+        axes.legend(loc="upper right", frameon=False, labelcolor="linecolor", handlelength=1.2, borderaxespad=0.2)
         axes.set_xlabel("step")
         axes.set_ylabel("bits per byte")
         return _svg(figure, "loss", "Bits per byte against training steps")
-
-
-def _curve_labels(axes: Axes, train: list[tuple[int, float]], held: list[tuple[int, float]], last: int) -> None:
-    """Names at the right end, the higher curve's above and the lower one's below."""
-    ends = [
-        (line[-1][1], name, colour)
-        for line, name, colour in ((train, "training text", _SECOND), (held, "held-out text", _MODEL))
-        if line
-    ]
-    ends.sort(reverse=True)
-    for index, (value, name, colour) in enumerate(ends):
-        _end_label(axes, last, value, name, colour, above=index == 0 and len(ends) > 1)
 
 
 def context_curve(context: Sequence[Mapping[str, Any]], window: int | None = None) -> str:
@@ -189,7 +177,7 @@ def context_curve(context: Sequence[Mapping[str, Any]], window: int | None = Non
                     ha="center",
                     textcoords="offset points",
                     color=_INK,
-                    fontsize=10,
+                    fontsize=9,
                 )
         if window is not None and edges[0] < window < edges[-1]:
             axes.axvline(window, color=_MUTED, linewidth=1, linestyle=(0, (2, 3)))
@@ -203,7 +191,7 @@ def state_curve(measured: Sequence[tuple[int, int]], cache: Sequence[tuple[int, 
     with mpl.rc_context(_STYLE):
         figure, axes = _figure()
         axes.loglog(*zip(*cache, strict=True), color=_OTHER, linestyle=(0, (4, 3)), linewidth=1.8)
-        axes.loglog(*zip(*measured, strict=True), color=_MODEL, marker="o", markersize=4.5)
+        axes.loglog(*zip(*measured, strict=True), color=_MODEL, marker="o", markersize=4.5, clip_on=False, zorder=3)
         lengths = [length for length, _ in (*measured, *cache)]
         sizes = [size for _, size in (*measured, *cache)]
         axes.set_xlim(min(lengths), max(lengths))
@@ -212,10 +200,10 @@ def state_curve(measured: Sequence[tuple[int, int]], cache: Sequence[tuple[int, 
         axes.xaxis.set_major_locator(FixedLocator([1 << p for p in range(10, 41, 2) if 1 << p <= max(lengths)]))
         axes.xaxis.set_minor_locator(NullLocator())
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: byte_count(value)))
-        axes.yaxis.set_major_locator(FixedLocator([1 << p for p in range(10, 61, 10)]))
+        axes.yaxis.set_major_locator(FixedLocator([1 << p for p in range(10, 61, 5)]))
         axes.yaxis.set_minor_locator(NullLocator())
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: byte_size(value)))
-        _end_label(axes, *measured[-1], f"{names[0]}  {byte_size(measured[-1][1])}", _MODEL, above=False)
-        _end_label(axes, *cache[-1], f"{names[1]}  {byte_size(cache[-1][1])}", _OTHER)
+        _end_label(axes, *measured[-1], f"{names[0]}, {byte_size(measured[-1][1])}", _MODEL, above=False)
+        _end_label(axes, *cache[-1], f"{names[1]}, {byte_size(cache[-1][1])}", _OTHER)
         axes.set_xlabel("bytes of text read")
         return _svg(figure, "state", "Memory held against text length, beside a Transformer's cache")

@@ -217,7 +217,7 @@ class _Reading:
             self.progress(self.bytes, self.bits / self.bytes)
 
 
-def _cut(pieces: Iterable[bytes], at_most: int = 4096) -> Iterator[bytes]:
+def _cut(pieces: Iterable[bytes], at_most: int = 1024) -> Iterator[bytes]:
     """The same bytes in pieces that take a fraction of a second each."""
     for piece in pieces:
         for start in range(0, len(piece), at_most):

@@ -151,7 +151,7 @@ def render(report: Report) -> str:
 
 def _headline(report: Report) -> list[html.Figure]:
     scores, rates = report.scores, report.rates
-    size, unit = draw.byte_size(report.state_bytes).split(" ")
+    size, unit = draw.byte_size(report.state_bytes).split("\N{NO-BREAK SPACE}")
     return [
         html.Figure(f"{scores.bits_per_byte:.3f}", "bits/byte", "held-out text"),
         html.Figure(f"{scores.compressor_bits_per_byte('xz'):.3f}", "bits/byte", "xz on the same text"),
@@ -240,7 +240,7 @@ def _model_facts(report: Report) -> dict[str, str]:
 def _machine_facts(report: Report) -> dict[str, str]:
     machine = report.machine
     shown = {
-        "Processor": f"{machine.cpu}, {machine.cores} cores, {machine.threads} threads used",
+        "Processor": f"{machine.cpu}, {machine.cores} cores, threads used: {machine.threads}",
         "GPU": machine.gpu or "none",
         "System": machine.system,
         "Python": machine.python,

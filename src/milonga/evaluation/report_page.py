@@ -8,7 +8,7 @@ _CSS = """
 :root {
   color-scheme: light dark;
   --page: #fcfbf8; --card: #ffffff; --ink: #1c1b19; --muted: #6b675f; --grid: #e4e0d7;
-  --model: #0f6b6b; --second: #b9a98b; --other: #c2501f; --wash: #e3efec;
+  --model: #0f6b6b; --second: #9c8a68; --other: #c2501f; --wash: #e3efec;
   --face: ui-sans-serif, system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif;
 }
 @media (prefers-color-scheme: dark) {
@@ -27,23 +27,23 @@ h2 { font-size: 1.05rem; letter-spacing: -0.005em; margin: 0 0 .15rem; }
 p { margin: 0; }
 .lead { color: var(--muted); max-width: 46rem; text-wrap: pretty; }
 .over { color: var(--model); font-weight: 600; font-size: .85rem; letter-spacing: .01em; margin-bottom: .6rem; }
-.figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(9.5rem, 1fr)); gap: 1.5rem 2rem;
+.figures { display: grid; grid-template-columns: repeat(6, auto); justify-content: space-between; gap: 1.5rem 1.6rem;
   margin: 2.2rem 0 2.6rem; padding: 1.6rem 0; border-block: 1px solid var(--grid); }
 .figures dt { color: var(--muted); font-size: .85rem; line-height: 1.35; }
 .figures div { display: flex; flex-direction: column-reverse; justify-content: flex-end; gap: .2rem; }
-.figures dd { margin: 0; font-size: 1.75rem; font-weight: 650; letter-spacing: -0.02em; line-height: 1.1;
+.figures dd { margin: 0; font-size: 1.7rem; font-weight: 650; letter-spacing: -0.02em; line-height: 1.1;
   font-variant-numeric: tabular-nums; white-space: nowrap; }
 .figures dd small { font-size: .95rem; font-weight: 500; letter-spacing: 0; color: var(--muted); }
 .grid { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 25rem), 1fr)); gap: 1.25rem; }
 .card { background: var(--card); border: 1px solid var(--grid); border-radius: 12px;
-  padding: 1.25rem clamp(1rem, 3vw, 1.5rem); min-width: 0; }
+  padding: 1.25rem clamp(1rem, 3vw, 1.5rem); min-width: 0; display: flex; flex-direction: column; }
 .wide { grid-column: 1 / -1; }
 .card > p { color: var(--muted); font-size: .9rem; }
-svg { display: block; width: 100%; height: auto; margin-top: .9rem; overflow: visible; }
+svg { display: block; width: 100%; height: auto; margin-top: auto; padding-top: .9rem; overflow: visible; }
 svg text { font-variant-numeric: tabular-nums; }
-.bars { display: grid; grid-template-columns: max-content 1fr max-content; gap: .65rem .9rem; align-items: center;
-  margin-top: 1.1rem; font-size: .95rem; }
-.bars i { display: block; height: .8rem; border-radius: 3px; background: var(--grid); }
+.bars { display: grid; grid-template-columns: max-content 1fr max-content; gap: 1.4rem .9rem; align-items: center;
+  margin-block: auto; padding-block: 1.2rem .4rem; }
+.bars i { display: block; height: 1.3rem; border-radius: 4px; background: var(--grid); }
 .bars .own { font-weight: 650; }
 .bars i.own { background: var(--model); }
 .bars b { font-weight: inherit; font-variant-numeric: tabular-nums; }
@@ -59,8 +59,9 @@ pre { font: .82rem/1.5 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace;
 code { font: .9em ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; overflow-wrap: anywhere; }
 summary { cursor: pointer; font-weight: 600; }
 footer { color: var(--muted); font-size: .85rem; margin-top: 2rem; }
-@media (max-width: 30rem) { .figures { grid-template-columns: 1fr 1fr; gap: 1.3rem 1rem; }
-  .figures dd { font-size: 1.45rem; }
+@media (max-width: 66rem) { .figures { grid-template-columns: repeat(3, 1fr); } }
+@media (max-width: 36rem) { .figures { grid-template-columns: 1fr 1fr; gap: 1.3rem 1rem; }
+  .figures dd { font-size: 1.4rem; }
   .facts { grid-template-columns: 1fr; gap: 0; } .facts dd { margin-bottom: .6rem; } }
 @media print { body { background: #fff; } .card { break-inside: avoid; } }
 """
