@@ -131,14 +131,15 @@ def loss_curve(metrics: Metrics, xz: float) -> str:
             axes.plot(*zip(*held, strict=True), color=_MODEL, marker=marker, markersize=4, label="held-out text")
         axes.axhline(xz, color=_OTHER, linestyle=(0, (4, 3)), linewidth=1.6)
         values = [value for _, value in (*train, *held)] + [xz]
-        low, high = min(values), min(max(values), max(xz + 1.2, 4.0))
+        low = min(values)
+        high = max(low + 0.5, min(max(values), max(xz + 1.2, 4.0)))
         axes.set_ylim(low - 0.16 * (high - low), high)
         axes.set_xlim(0, last * 1.02)
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         axes.yaxis.set_major_locator(MaxNLocator(6))
         _end_label(axes, last * 1.02, xz, f"xz -9e {xz:.2f}", _OTHER)
-        # curves come from the top left, so the top right is free
-        axes.legend(loc="upper right", frameon=False, labelcolor="linecolor", handlelength=1.2, borderaxespad=0.2)
+        if train or held:  # curves come from the top left, so the top right is free
+            axes.legend(loc="upper right", frameon=False, labelcolor="linecolor", handlelength=1.2, borderaxespad=0.2)
         axes.set_xlabel("step")
         axes.set_ylabel("bits per byte")
         return _svg(figure, "loss", "Bits per byte against training steps")
