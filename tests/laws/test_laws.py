@@ -7,6 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from milonga.layers import KINDS
 from milonga.models import ModelConfig
 from milonga.segments import Segments
 from milonga.state import batch_size, clone, from_flat, merge, named_tensors, nbytes, select, to_flat
@@ -289,3 +290,8 @@ def test_losses_are_the_logits_losses(name: str) -> None:
     assert relative_rms(trained.losses.flatten(), expected) < 1e-5
     assert trained.state is None and trained.logits is None
     assert_close(last, output.logits[:, -1])
+
+
+def test_every_kind_is_under_the_laws() -> None:
+    """A layer that is registered but not listed in `subjects.py` fails here."""
+    assert {type(config) for config in LAYERS.values()} == set(KINDS.values())
