@@ -1,7 +1,7 @@
 """A small pool of threads for Numba kernels that release the GIL.
 
-A kernel is a `nogil` function over a range of jobs, `kernel(*arguments, first, last)`; each job writes its own part of the
-output and no reduction is split between jobs, so the result does not depend on the number of threads. Numba's own
+A kernel is a `nogil` function over a range of jobs, `kernel(*arguments, first, last)`; each job writes its own part of
+the output and no reduction is split between jobs, so the result does not depend on the number of threads. Numba's own
 `parallel=True` is not used: with its OpenMP layer a later fork kills the process, with `workqueue` two Python threads
 abort it.
 """
@@ -10,11 +10,15 @@ import os
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
+from itertools import count
 
 import torch
 
-# Below this much estimated work (in kernel operations, about 0.3 ms on one core) waking a thread costs more than it gives.
+# Below this much estimated work (in kernel operations, about 0.3 ms on one core) waking a thread costs more than it
+# gives.
 INLINE_WORK = 600_000
+# Pieces a thread in large work.
+PIECES = 4
 
 _lock = threading.Lock()
 _pool: ThreadPoolExecutor | None = None
@@ -27,8 +31,7 @@ def _executor(threads: int) -> ThreadPoolExecutor:
     key = (os.getpid(), threads)
     with _lock:
         if _pool is None or _pool_key != key:
-            if _pool is not None and _pool_key is not None and _pool_key[0] == os.getpid():
-                _pool.shutdown(wait=False)
+            # The old pool's threads leave when nobody holds it any more; another Python thread may be about to use it.
             _pool = ThreadPoolExecutor(threads, thread_name_prefix="milonga-cpu")
             _pool_key = key
         return _pool
@@ -55,12 +58,21 @@ def run(kernel: Callable[..., None], jobs: int, work: int, *arguments: object) -
     if threads <= 1 or work < INLINE_WORK:
         kernel(*arguments, 0, jobs)
         return
+    # Large work is cut finer than there are threads, and each takes the next piece when it is free: jobs may be of
+    # unequal length, and a core may be busy with something else.
+    pieces = min(jobs, threads * PIECES) if work > INLINE_WORK * PIECES else threads
+    turns = count()
+
+    def serve() -> None:
+        while (piece := next(turns)) < pieces:
+            kernel(*arguments, jobs * piece // pieces, jobs * (piece + 1) // pieces)
+
     pool = _executor(torch.get_num_threads() - 1 or 1)
-    edges = [jobs * i // threads for i in range(threads + 1)]
-    futures = [pool.submit(kernel, *arguments, edges[i], edges[i + 1]) for i in range(1, threads)]
+    futures = [pool.submit(serve) for _ in range(threads - 1)]
     try:
-        kernel(*arguments, 0, edges[1])
+        serve()
     finally:
-        wait(futures)
-    for future in futures:
+        started = [future for future in futures if not future.cancel()]
+        wait(started)
+    for future in started:
         future.result()

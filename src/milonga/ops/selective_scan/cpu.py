@@ -15,7 +15,8 @@ JOBS = 8
 # Parts into which sums over channels, and over sequences, are cut in the backward pass. They bound its memory (each
 # part of dB and dC is `[B T N]`) and the threads it can use. Fixed, so that results do not depend on the thread count.
 PARTS = 16
-_WORK, _WORK_BACKWARD = 1, 4  # elementary operations per element and state, for the pool's estimate
+# The pool's estimate of work: two states of an element cost the forward pass about one elementary operation.
+_WORK, _WORK_BACKWARD = 0.5, 2
 
 
 def _block(sequences: int, width: int) -> int:
@@ -64,7 +65,7 @@ def forward(
     inputs += (flat(A), flat(D), flat(dt_bias), flat(initial), bounds.numpy())
     sizes = (width, states, block, CHUNK, kept.shape[1])
     jobs = sequences * -(-width // block)
-    cpu_pool.run(scan, jobs, x.numel() * states * _WORK, *inputs, *sizes, flat(y), flat(final), flat(kept))
+    cpu_pool.run(scan, jobs, int(x.numel() * states * _WORK), *inputs, *sizes, flat(y), flat(final), flat(kept))
     return y.to(x.dtype), final, kept
 
 
