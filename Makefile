@@ -74,7 +74,7 @@ gpu: install  ## the tests that need a GPU
 	@$(BIN)/python -m pytest -m gpu $(ARGS)
 
 bench: install  ## measure against peers, interleaved in one run
-	@$(BIN)/python -m pytest -m bench -s benchmarks $(ARGS)
+	@$(BIN)/python benchmarks/run.py $(ARGS)
 
 docs: $(VENV)/.milonga-docs  ## the documentation site, into site/
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict

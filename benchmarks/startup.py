@@ -5,12 +5,13 @@
 Processes of both kinds take turns, so that a busy machine slows both; the minimum of the repeats counts.
 """
 
-import json
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+
+from figures import Figure, main
 
 MILONGA = str(Path(sys.executable).parent / "milonga")
 REPEATS = 5
@@ -49,38 +50,17 @@ def loaded_by_load() -> list[str]:
     return done.stdout.strip("[]\n").replace("'", "").split(", ") if done.stdout.strip() != "[]" else []
 
 
-def rows() -> list[dict[str, object]]:
-    """What was demanded and what was measured, in seconds."""
+def figures() -> list[Figure]:
+    """The least times, and what is loaded without need."""
     best = measure()
     beyond = best["import milonga; milonga.load"] - best["import torch"]
-    figures = [
-        ("milonga --help", best["milonga --help"], 0.5),
-        ("milonga train --help", best["milonga train --help"], 0.5),
-        ("import milonga; milonga.load, beyond import torch", beyond, 0.4),
-        ("packages loaded by milonga.load without need", float(len(loaded_by_load())), 0.0),
-    ]
     return [
-        {
-            "what": what,
-            "measured": measured,
-            "demanded": demanded,
-            "unit": "s" if "packages" not in what else "",
-            "met": measured <= demanded,
-        }
-        for what, measured, demanded in figures
+        Figure("milonga --help", best["milonga --help"], 0.5, "s", at_least=False),
+        Figure("milonga train --help", best["milonga train --help"], 0.5, "s", at_least=False),
+        Figure("import milonga; milonga.load, beyond import torch", beyond, 0.4, "s", at_least=False),
+        Figure("numba, triton, matplotlib loaded by it", float(len(loaded_by_load())), 0, "", at_least=False),
     ]
-
-
-def main() -> None:
-    """Print the table, or JSON."""
-    measured = rows()
-    if "--json" in sys.argv[1:]:
-        print(json.dumps(measured, indent=2))
-        return
-    for row in measured:
-        verdict = "ok" if row["met"] else "MISSED"
-        print(f"{row['what']:<52} {row['measured']:6.3f} {row['unit']:<2} at most {row['demanded']:<5} {verdict}")
 
 
 if __name__ == "__main__":
-    main()
+    main(figures)

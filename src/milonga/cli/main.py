@@ -277,6 +277,9 @@ def _flushed(code: int) -> int:
 
 def main() -> None:
     """The entry point of the console script."""
+    # Before torch loads its OpenMP. Its idle threads would spin for milliseconds after every product, on the cores that
+    # the Numba kernels run on; asleep they cost microseconds (two busy cores: training steps 3 to 4 times as fast).
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a terminal without UTF-8 gets escapes, not a traceback
