@@ -19,7 +19,8 @@ from milonga.segments import sequence_bounds
 ROWS = 64
 # Channels at a time: the taps, the rows they read and the sums stay in the first-level cache.
 TILE = 512
-# No nnan or ninf: a NaN that goes in comes out. No reassoc: it would fold the rounding in `_sigmoid` away.
+# No nnan or ninf: a NaN that goes in comes out. No reassoc: it would fold the rounding in `_sigmoid` away. Divisions as
+# in numpy: a test for zero before each would keep the loops from vectors.
 _MATH = {"nsz", "arcp", "contract", "afn"}
 _f = np.float32
 
@@ -35,7 +36,7 @@ def _exponent(typing, value):
     return nb.float32(nb.float32), lower
 
 
-@nb.njit(fastmath=_MATH)
+@nb.njit(fastmath=_MATH, error_model="numpy")
 def _sigmoid(v):
     v = v * _f(-1.4426950408889634)
     if v < _f(-127.0):
@@ -52,7 +53,7 @@ def _sigmoid(v):
     return _f(1.0) / (_f(1.0) + p * _exponent(s))
 
 
-@nb.njit(fastmath=_MATH)
+@nb.njit(fastmath=_MATH, error_model="numpy")
 def _sum_row(out, x, step, weight, bias, initial, row, first_row, sequence, left, count, width, taps):
     """out[:count] = the sum before the activation of channels `left ..`, at `row` of the sequence from `first_row`."""
     if bias.shape[0]:
@@ -72,7 +73,7 @@ def _sum_row(out, x, step, weight, bias, initial, row, first_row, sequence, left
             out[e] += source[e] * factors[e]
 
 
-@nb.njit(fastmath=_MATH)
+@nb.njit(fastmath=_MATH, error_model="numpy")
 def _to_sum(out, grad, start, count):
     """Turn the sums of a row into gradients of these sums, given the upstream gradient at `grad[start:]`."""
     upstream = grad[start : start + count]
@@ -94,7 +95,7 @@ def _sequence_of(bounds, row):
     return low
 
 
-@nb.njit(nogil=True, cache=True, fastmath=_MATH)
+@nb.njit(nogil=True, cache=True, fastmath=_MATH, error_model="numpy")
 def _forward(x, step, weight, bias, initial, bounds, width, taps, silu, y, final, first, last):
     total, kept = bounds[bounds.shape[0] - 1], taps - 1
     blocks = (total + ROWS - 1) // ROWS
@@ -126,7 +127,7 @@ def _forward(x, step, weight, bias, initial, bounds, width, taps, silu, y, final
                     target[:] = out[:count]
 
 
-@nb.njit(nogil=True, cache=True, fastmath=_MATH)
+@nb.njit(nogil=True, cache=True, fastmath=_MATH, error_model="numpy")
 def _backward(
     grad, grad_step, grad_final, x, step, weight, bias, initial, bounds, width, taps, silu,
     grad_x, grad_weight, grad_bias, grad_initial, first, last,
@@ -197,7 +198,7 @@ def _backward(
                             target[e] += later[e] * factors[e]
 
 
-@nb.njit(fastmath=_MATH)
+@nb.njit(fastmath=_MATH, error_model="numpy")
 def _initial(
     grad, grad_step, grad_final, x, step, weight, bias, initial, bounds, width, taps, silu, slopes, grad_initial
 ):
