@@ -195,7 +195,7 @@ def state_curve(measured: Sequence[tuple[int, int]], cache: Sequence[tuple[int, 
         axes.loglog(*zip(*measured, strict=True), color=_MODEL, marker="o", markersize=4.5, clip_on=False, zorder=3)
         lengths = [length for length, _ in (*measured, *cache)]
         sizes = [size for _, size in (*measured, *cache)]
-        axes.set_xlim(min(lengths), max(lengths))
+        axes.set_xlim(min(lengths), max(2 * min(lengths), *lengths))
         axes.set_ylim(min(sizes) / 3, max(sizes) * 4)
         axes.set_xscale("log", base=2)
         axes.xaxis.set_major_locator(FixedLocator([1 << p for p in range(10, 41, 2) if 1 << p <= max(lengths)]))
