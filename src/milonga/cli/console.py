@@ -93,9 +93,10 @@ def duration(seconds: float) -> str:
 class Bar:
     """Progress of one task: a bar on a terminal, else a line now and then. Use `progress` to make one."""
 
-    def __init__(self, what: str, total: float | None, unit: str, start: float):
+    def __init__(self, what: str, total: float | None, unit: str, start: int):
         self.what, self.total, self.unit = what, total, unit
-        self.done, self.note, self._first = start, "", start
+        self.done: float = start
+        self.note, self._first = "", start
         self._began = time.monotonic()
         self._said = self._began
         self._bar: Progress | None = None
@@ -149,7 +150,7 @@ class Bar:
             self._line()
 
 
-def progress(what: str, total: float | None = None, unit: str = "", *, start: float = 0) -> Bar:
+def progress(what: str, total: float | None = None, unit: str = "", *, start: int = 0) -> Bar:
     """A progress bar on stderr, as a context manager::
 
         with progress("training", total=steps, unit="steps") as bar:
