@@ -117,4 +117,3 @@ def subject(name: str) -> Subject:
 
 
 NAMES = [*LAYERS, *MODELS]
-

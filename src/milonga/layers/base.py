@@ -1,7 +1,7 @@
 """What a layer is: a function `(x, state) -> (y, state)` with two primitives, `advance` and `commit`."""
 
 from collections.abc import Callable, Iterator
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from jaxtyping import Float, Int
@@ -53,7 +53,7 @@ class KeepFp32(nn.Module):
     module of their own because one FSDP group has one dtype.
     """
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         def guarded(tensor: Tensor) -> Tensor:
             moved = fn(tensor)
             narrow = moved.is_floating_point() and moved.element_size() < 4
@@ -69,7 +69,7 @@ class Layer(nn.Module):
     """
 
     no_decay: ClassVar[tuple[str, ...]] = ()  # parameter names that weight decay leaves alone
-    own_init: ClassVar[tuple[str, ...]] = ()  # parameter names that a model-wide initialisation leaves alone
+    own_init: tuple[str, ...] = ()  # parameter names that a model-wide initialisation leaves alone
     residual_output: ClassVar[str]  # name of the weight that writes into the residual stream
 
     def advance(

@@ -12,6 +12,6 @@ class Linear(nn.Linear):
     def __init__(self, d_in: int, d_out: int):
         super().__init__(d_in, d_out, bias=False)
 
-    def forward(self, x: Float[Tensor, "*rows D"]) -> Float[Tensor, "*rows F"]:
-        """-> the product, dtype of x (of autocast where that is on)."""
-        return linear(x, self.weight)
+    def forward(self, input: Float[Tensor, "*rows D"]) -> Float[Tensor, "*rows F"]:
+        """-> the product, dtype of the input (of autocast where that is on)."""
+        return linear(input, self.weight)

@@ -1,7 +1,7 @@
 """The network that a model config describes: embedding, residual layers, norm, head."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Literal, NamedTuple, Protocol
 
 import torch
@@ -96,7 +96,12 @@ class Network(nn.Module):
 
     def layers(self) -> list[Layer]:
         """The layers in order, without their norms."""
-        return [sublayer.layer for sublayer in self.sublayers]
+        return [sublayer.layer for sublayer in self._stack()]
+
+    def _stack(self) -> Iterator[Sublayer]:
+        for sublayer in self.sublayers:
+            assert isinstance(sublayer, Sublayer)
+            yield sublayer
 
     @torch.no_grad()
     def _initialise(self) -> None:
@@ -194,7 +199,7 @@ class Network(nn.Module):
     def no_decay(self) -> dict[str, nn.Parameter]:
         """Parameters that weight decay leaves alone by the layers' own declaration, and every norm."""
         names: dict[str, nn.Parameter] = {f"norm.{name}": p for name, p in self.norm.named_parameters()}
-        for index, sublayer in enumerate(self.sublayers):
+        for index, sublayer in enumerate(self._stack()):
             prefix = f"sublayers.{index}"
             names |= {f"{prefix}.norm.{name}": p for name, p in sublayer.norm.named_parameters()}
             names |= {f"{prefix}.layer.{name}": p for name, p in sublayer.layer.named_no_decay()}

@@ -3,7 +3,6 @@
 import torch
 from torch import Tensor
 
-
 # Whether this PyTorch carries oneDNN and the operator that calls it.
 AVAILABLE = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
