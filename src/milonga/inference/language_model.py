@@ -72,7 +72,7 @@ def choose_device(device: str | torch.device | None) -> torch.device:
     """The device asked for; for None a GPU where there is one, else the CPU.
 
     Raises:
-        UserError: if there is no such device here.
+        UserError: if it is neither a CPU nor a CUDA device, or there is no such device here.
     """
     if device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -82,6 +82,8 @@ def choose_device(device: str | torch.device | None) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         first = str(error).splitlines()[0]
         raise UserError(f"device {str(device)!r} cannot be used here ({first}); try cpu") from error
+    if chosen.type not in ("cpu", "cuda"):
+        raise UserError(f"device {str(device)!r} cannot be used: only cpu, cuda and cuda:N are supported")
     return chosen
 
 
