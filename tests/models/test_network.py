@@ -1,0 +1,130 @@
+"""The network around its layers: residual stream, initialisation in both regimes, what it refuses."""
+
+import math
+
+import pytest
+import torch
+
+from milonga.layers import AttentionConfig, MambaConfig, SwiGLUConfig
+from milonga.models import ModelConfig
+from milonga.segments import Segments
+
+D = 256
+CONFIG = ModelConfig(
+    vocab_size=1000,
+    d_model=D,
+    pattern="mamba mlp swa mlp",
+    repeats=2,
+    layers={
+        "mamba": MambaConfig(),
+        "swa": AttentionConfig(heads=4, window=8, short_conv=4),
+        "mlp": SwiGLUConfig(d_hidden=512),
+    },
+)
+SMALL = CONFIG.replace(init="small", tied=False)
+
+
+def deviation(tensor):
+    return float(tensor.detach().std())
+
+
+def test_the_regime_of_mamba():
+    """Embedding N(0, 0.02); linear layers U(+-1/sqrt(fan in)); residual outputs over the root of the layers' number."""
+    network = CONFIG.build(seed=1)
+    assert network.head.weight is network.embedding.weight
+    assert deviation(network.embedding.weight) == pytest.approx(0.02, rel=0.02)
+    mamba, mlp, swa = (sublayer.layer for sublayer in network.sublayers[:3])
+    root = math.sqrt(3)
+    for weight, fan_in, layers in (
+        (mamba.in_proj.weight, D, 1),
+        (mlp.gate_up.weight, D, 1),
+        (swa.qkv_proj.weight, D, 1),
+        (mamba.out_proj.weight, 2 * D, 8),
+        (mlp.down.weight, 512, 8),
+        (swa.out_proj.weight, D, 8),
+    ):
+        assert deviation(weight) == pytest.approx(fan_in**-0.5 / root / math.sqrt(layers), rel=0.02)
+        assert float(weight.detach().abs().max()) <= fan_in**-0.5 / math.sqrt(layers)
+
+
+def test_the_regime_of_the_small_llamas():
+    """All weights N(0, sqrt(2 / 5D)), residual outputs N(0, 2 / (layers sqrt(D))); what layers keep is kept."""
+    network = SMALL.build(seed=1)
+    assert network.head.weight is not network.embedding.weight
+    mamba, mlp, swa = (sublayer.layer for sublayer in network.sublayers[:3])
+    for weight in (
+        network.embedding.weight,
+        network.head.weight,
+        mamba.in_proj.weight,
+        mamba.x_proj.weight,
+        mlp.gate_up.weight,
+        swa.qkv_proj.weight,
+    ):
+        assert deviation(weight) == pytest.approx(math.sqrt(2 / (5 * D)), rel=0.03)
+    for weight in (mamba.out_proj.weight, mlp.down.weight, swa.out_proj.weight):
+        assert deviation(weight) == pytest.approx(2 / (8 * math.sqrt(D)), rel=0.02)
+    assert torch.equal(mamba.scan.D, torch.ones(2 * D))
+    assert float(mamba.dt_proj.weight.detach().abs().max()) <= 16**-0.5
+    assert float(swa.conv_weight.detach().abs().max()) <= 0.5
+
+
+def test_a_seed_decides_the_weights_and_nothing_outside_changes():
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    left = CONFIG.build(seed=2)
+    assert torch.equal(torch.rand(3), expected)
+    right = CONFIG.build(seed=2)
+    assert all(torch.equal(a, b) for a, b in zip(left.parameters(), right.parameters(), strict=True))
+    assert not torch.equal(CONFIG.build(seed=3).embedding.weight, left.embedding.weight)
+
+
+def test_every_layer_adds_to_the_residual_stream():
+    """`x + f(norm(x))` for each, then a norm and the head."""
+    network = CONFIG.build()
+    tokens = torch.randint(1000, (2, 11))
+    with torch.no_grad():
+        x = network.embedding(tokens)
+        for sublayer in network.sublayers:
+            x = x + sublayer.layer(sublayer.norm(x))[0]
+        expected = network.norm(x) @ network.embedding.weight.T
+        torch.testing.assert_close(network(tokens).logits, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_what_is_returned():
+    network = CONFIG.build()
+    tokens = torch.randint(1000, (2, 7))
+    with torch.no_grad():
+        plain = network(tokens)
+        assert plain.losses is None and plain.trace is None and plain.logits.dtype == torch.float32
+        assert network(tokens, logits="none").logits is None
+        carried = network(tokens, network.init_state(2), targets=tokens)
+        assert carried.state is not None and carried.losses.shape == (2, 7)
+        traced = network(tokens, traced=True)
+        assert traced.state is None and len(traced.trace) == 8
+        packed = network(tokens.view(1, 14), segments=Segments([0, 4, 14]), logits="last").logits
+        assert packed.shape == (2, 1000)
+        everything = network(tokens.view(1, 14), segments=Segments([0, 4, 14])).logits[0]
+        torch.testing.assert_close(packed, everything[[3, 13]], rtol=1e-4, atol=1e-5)
+        ignored = tokens.clone()
+        ignored[0, 2] = -100
+        assert network(tokens, targets=ignored).losses[0, 2] == 0
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda n, t: n(t[0]), r"tokens must be integers \[B T\]"),
+        (lambda n, t: n(t.float()), "tokens must be integers"),
+        (lambda n, t: n(t, targets=t[:, 1:]), r"targets must be \[2, 5\]"),
+        (lambda n, t: n(t, segments=Segments([0, 5])), "packed as"),
+        (lambda n, t: n(t, n.init_state(2)[:3]), "state must have 8 layers, got 3"),
+        (lambda n, t: n(t[:, :0], logits="last"), "no last step"),
+        (lambda n, t: n(t[:1], segments=Segments([0, 0, 5]), logits="last"), "no last step"),
+        (lambda n, t: n(t, targets=t, logits="last"), "exclude each other"),
+    ],
+)
+def test_what_does_not_fit(call, words):
+    network = CONFIG.build()
+    with pytest.raises(ValueError, match=words):
+        call(network, torch.randint(1000, (2, 5)))
