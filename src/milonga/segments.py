@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 from functools import lru_cache
 
+import numpy as np
 import torch
 
 
@@ -75,8 +76,9 @@ class Segments:
 
 
 @lru_cache(maxsize=256)
-def _rectangular(batch: int, time: int) -> torch.Tensor:
-    return torch.arange(batch + 1, dtype=torch.int64) * time
+def _rectangular(batch: int, time: int) -> np.ndarray:
+    # An array, not a tensor: one made under a fake mode or a default device would be remembered for calls outside it.
+    return np.arange(batch + 1, dtype=np.int64) * time
 
 
 def sequence_bounds(batch: int, time: int, segments: Segments | None) -> torch.Tensor:
@@ -85,7 +87,7 @@ def sequence_bounds(batch: int, time: int, segments: Segments | None) -> torch.T
     Without segments each row of the batch is one sequence. Kernels that read these bounds serve both forms.
     The result is shared: it must not be written to.
     """
-    return _rectangular(batch, time) if segments is None else segments.offsets
+    return torch.from_numpy(_rectangular(batch, time)) if segments is None else segments.offsets
 
 
 def sequence_count(batch: int, segments: Segments | None) -> int:
