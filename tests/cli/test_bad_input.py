@@ -139,6 +139,7 @@ CASES = [
     Bad("unknown preset", tiny("model=samba-420m"), ("samba-420m", "samba-421m")),
     Bad("a model of tokens", tiny("model=samba-421m"), ("vocab_size", "256")),
     Bad("a device that is not there", ["generate", "run", "--device", "cuda:77"], ("cuda:77", "cpu")),
+    Bad("a device without numbers", ["generate", "run", "--device", "meta"], ("meta", "cpu")),
     Bad("no device at all", [*tiny(), "--device", "toaster"], ("toaster",)),
     # runs and checkpoints
     Bad("no such run", ["generate", "nowhere"], ("nowhere",)),

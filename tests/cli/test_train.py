@@ -59,8 +59,13 @@ def test_ones_own_text_in_one_command(server, folder):
     assert "one document: its last 5% is held out" in done.err
     data = stored_config(folder / "mine").data
     assert (data.paths, data.heldout, data.heldout_tail) == (["book.txt"], 0.05, True)
+    again = server.run("train", "demo", "--data", "book.txt", "--out", "mine", *small, folder=folder)
+    assert again.code == 2
+    assert "mine already holds a run: continue it" in again.err
+    (folder / "texts" / "cover.png").write_bytes(b"\x89PNG\r\n\x1a\n\x00\x00")
     done = server.run("train", "demo", "--data", "texts", "--out", "many", *small, folder=folder)
     assert done.code == 0, done.err
+    assert "left out, for they hold no text: cover.png\n" in done.err
     assert stored_config(folder / "many").data.heldout_tail is False
     done = server.run("train", "--resume", "mine", "--set", "training.steps=3", folder=folder)
     assert done.code == 0, done.err

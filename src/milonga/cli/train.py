@@ -11,6 +11,8 @@ from milonga.training import Interrupted, Progress, RunConfig, TrainingResult, s
 from milonga.training.config import expand_preset, read_recipe, set_key
 from milonga.training.start import DATA, RUN_FILE
 
+# Files without text that are named, at most.
+_NAMED = 5
 _UNITS = {"reading": "bytes"}
 _WORDS = {"reading": "reading text", "timing": "timing a few steps", "training": "training"}
 
@@ -24,6 +26,11 @@ class ProgressBars:
 
     def __call__(self, report: Progress) -> None:
         """The callback for `milonga.training.train`."""
+        if report.left_out:
+            self.close()
+            names = ", ".join(report.left_out[:_NAMED]) + (", ..." if len(report.left_out) > _NAMED else "")
+            console.say(f"left out, for they hold no text: {names}")
+            return
         what = _WORDS.get(report.phase, "training")  # evaluating and saving happen inside the bar of the training
         if (what, report.total) != self._what:
             self.close()
@@ -127,8 +134,11 @@ def _point_at(settings: dict[str, Any], path: str) -> None:
 def _with_tail(config: RunConfig, folder: Path) -> RunConfig:
     """For a text that is a single document, a config that holds out its end: there is nothing else to hold out."""
     data = config.data
-    if not isinstance(data.heldout, float) or data.heldout_tail or (folder / RUN_FILE).exists():
+    if not isinstance(data.heldout, float) or data.heldout_tail:
         return config
+    if (folder / RUN_FILE).exists():  # which training will refuse, and name what differs: this does not
+        tail = stored_config(folder).data.heldout_tail
+        return config.model_copy(update={"data": data.model_copy(update={"heldout_tail": tail})})
     with console.progress("reading text", unit="bytes") as bar:
         corpus = Corpus.build(
             data.paths,

@@ -7,6 +7,7 @@ abort it.
 """
 
 import os
+import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
@@ -42,7 +43,8 @@ def _renew_lock() -> None:
     _lock = threading.Lock()
 
 
-os.register_at_fork(after_in_child=_renew_lock)
+if sys.platform != "win32":  # which has no fork
+    os.register_at_fork(after_in_child=_renew_lock)
 
 
 def run(kernel: Callable[..., None], jobs: int, work: int, *arguments: object) -> None:

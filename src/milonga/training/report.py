@@ -19,6 +19,7 @@ class Progress:
         bits_per_byte: of the training text lately.
         bytes_per_second: of training, since the run began or continued.
         seconds_left: estimated.
+        left_out: names of files that hold no text and are not read (1000 at most); given once, behind the reading.
     """
 
     phase: Phase
@@ -27,6 +28,7 @@ class Progress:
     bits_per_byte: float | None = None
     bytes_per_second: float | None = None
     seconds_left: float | None = None
+    left_out: tuple[str, ...] = ()
 
 
 Callback = Callable[[Progress], None]

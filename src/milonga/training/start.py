@@ -146,6 +146,9 @@ def _data(config: RunConfig, folder: Path, progress: Callback) -> tuple[WindowSa
         seed=training.seed,
         progress=lambda done, total: progress(Progress("reading", done, total)),
     )
+    left_out = dict.fromkeys(name for corpus in (train, held) if corpus is not None for name in corpus.skipped)
+    if left_out:
+        progress(Progress("reading", 0, None, left_out=tuple(left_out)))
     sampler = WindowSampler(
         train,
         window=training.window,
