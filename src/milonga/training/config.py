@@ -223,8 +223,8 @@ def set_key(settings: dict[str, Any], change: str) -> None:
     group[keys[-1]] = value
 
 
-# what may differ between a run and its continuation: more or fewer steps also move the rates of the steps to come, which
-# follow from their number; the others leave what a step computes as it was
+# what may differ between a run and its continuation: the number of steps also moves the rates of those to come, which
+# depend on it; the others leave what a step computes as it was
 FREE_ON_RESUME = (
     "training.steps",
     "training.minutes",
