@@ -137,7 +137,7 @@ def loss_curve(metrics: Metrics, xz: float) -> str:
         axes.set_xlim(0, last * 1.02)
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         axes.yaxis.set_major_locator(MaxNLocator(6))
-        _end_label(axes, last * 1.02, xz, f"xz -9e {xz:.2f}", _OTHER)
+        _end_label(axes, last * 1.02, xz, f"xz -9 {xz:.2f}", _OTHER)
         if train or held:  # curves come from the top left, so the top right is free
             axes.legend(loc="upper right", frameon=False, labelcolor="linecolor", handlelength=1.2, borderaxespad=0.2)
         axes.set_xlabel("step")
