@@ -8,6 +8,9 @@ TORCH_INDEX ?=
 # further arguments of pytest or of the demo, for example: make test ARGS="-k session"
 ARGS ?=
 
+# idle OpenMP threads sleep instead of spinning on the cores that our own threads use
+export OMP_WAIT_POLICY ?= passive
+
 BIN := $(VENV)/bin
 SETUP := PYTHON='$(PYTHON)' TORCH_INDEX='$(TORCH_INDEX)' sh tools/setup.sh '$(VENV)'
 PINS := constraints.txt pyproject.toml tools/setup.sh

@@ -7,6 +7,7 @@ import torch
 hypothesis.settings.register_profile(
     "milonga", deadline=None, max_examples=25, derandomize=True, suppress_health_check=list(hypothesis.HealthCheck)
 )
+hypothesis.settings.register_profile("quick", hypothesis.settings.get_profile("milonga"), max_examples=5)
 hypothesis.settings.load_profile("milonga")
 
 

@@ -193,7 +193,7 @@ class Attention(Layer):
             ring,
             torch.zeros_like(ring),
             torch.zeros(batch, dtype=torch.int64, device=device),
-            torch.zeros(batch, columns, weight.shape[0] if columns else 0, device=device, dtype=dtype),
+            torch.zeros(batch, columns, weight.shape[0], device=device, dtype=dtype),
         )
 
 
@@ -215,6 +215,11 @@ def _write_ring(ring: Tensor, new: Tensor, position: Tensor, kept: Tensor, start
     flat = new.flatten(0, 1)
     if slots == 0 or flat.shape[0] == 0:
         return ring.clone()
+    if flat.shape[0] == new.shape[0] == ring.shape[0]:  # one step of each row, as in decoding: one slot changes
+        rows, slot = torch.arange(ring.shape[0], device=ring.device), torch.remainder(position, slots)
+        written = ring.clone()
+        written[rows, slot] = torch.where((kept > 0)[:, None, None], flat.to(ring.dtype), ring[rows, slot])
+        return written
     last = (position + kept - 1)[:, None]
     newest = last - torch.remainder(last - torch.arange(slots, device=ring.device), slots)
     fresh = newest >= position[:, None]

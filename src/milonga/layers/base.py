@@ -1,7 +1,7 @@
 """What a layer is: a function `(x, state) -> (y, state)` with two primitives, `advance` and `commit`."""
 
 from collections.abc import Callable, Iterator
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float, Int
@@ -53,7 +53,7 @@ class KeepFp32(nn.Module):
     module of their own because one FSDP group has one dtype.
     """
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "KeepFp32":
         def guarded(tensor: Tensor) -> Tensor:
             moved = fn(tensor)
             narrow = moved.is_floating_point() and moved.element_size() < 4

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Literal, NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -20,6 +20,7 @@ NetworkState = tuple[State, ...]
 LogitsOf = Literal["all", "last", "none"]
 
 
+@runtime_checkable
 class NetworkSettings(Protocol):
     """What a network needs of its config (`ModelConfig` has it)."""
 
