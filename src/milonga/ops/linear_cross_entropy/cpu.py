@@ -110,7 +110,7 @@ def _backward(logits, width, targets, ignore, grad, totals, first, last):
 def _chunks(rows: Tensor, weight: Tensor, bias: Tensor | None, chunk: int) -> Iterator[tuple[slice, Tensor, Tensor]]:
     """-> (which rows, those rows of x in fp32, their logits in fp32) by turns; the logits share one buffer."""
     count, vocabulary = rows.shape[0], weight.shape[0]
-    buffer = torch.empty(min(chunk, count), vocabulary)
+    buffer = torch.empty(min(chunk, count), vocabulary, dtype=torch.float32)
     for start in range(0, count, chunk):
         part = rows[start : start + chunk].to(torch.float32)
         # Products with `out` are left alone by autocast, which would take them in half precision.
@@ -125,7 +125,8 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """Kernel of `milonga::linear_cross_entropy` on the CPU."""
     rows, ids = x.reshape(-1, x.shape[-1]), targets.contiguous().view(-1).numpy()
-    losses, totals = torch.empty(targets.shape), torch.empty(targets.shape)
+    losses = torch.empty(targets.shape, dtype=torch.float32)
+    totals = torch.empty(targets.shape, dtype=torch.float32)
     flat_losses, flat_totals = flat(losses), flat(totals)
     width = weight.shape[0]
     for part, _, logits in _chunks(rows, weight.to(torch.float32), bias, chunk):
@@ -149,7 +150,7 @@ def backward(
     wide_weight = weight.to(torch.float32)
     grad_x = torch.empty(rows.shape, dtype=torch.float32)
     grad_weight = torch.zeros(weight.shape, dtype=torch.float32)
-    grad_bias = torch.zeros(weight.shape[0])
+    grad_bias = torch.zeros(weight.shape[0], dtype=torch.float32)
     upstream, flat_totals = flat(grad), flat(totals)
     width = weight.shape[0]
     for part, values, logits in _chunks(rows, wide_weight, bias, chunk):

@@ -59,7 +59,7 @@ def forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     width = weight.numel()
     count = x.numel() // width if width else 0
     y = torch.empty(x.shape, dtype=torch.float32)
-    scale = torch.empty(count)
+    scale = torch.empty(count, dtype=torch.float32)
     source, stride = rows(x, width)
     jobs = -(-count // ROWS)
     cpu_pool.run(_forward, jobs, x.numel() * _WORK, source, stride, flat(weight), np.float32(eps), flat(y), flat(scale))
@@ -71,7 +71,7 @@ def backward(grad: Tensor, x: Tensor, weight: Tensor, scale: Tensor) -> tuple[Te
     width = weight.numel()
     jobs = -(-scale.numel() // ROWS)
     grad_x = torch.empty(x.shape, dtype=torch.float32)
-    partial = torch.empty(jobs, width)
+    partial = torch.empty(jobs, width, dtype=torch.float32)
     source, stride = rows(x, width)
     upstream, grad_stride = rows(grad, width)
     arguments = (upstream, grad_stride, source, stride, flat(weight), flat(scale), flat(grad_x), flat(partial))

@@ -678,8 +678,8 @@ def forward(
     plan = _Plan(q, k, v, past_k, past_v, position, offsets, window)
     batch, time, heads, _ = q.shape
     groups, value_width = v.shape[2:]
-    y = torch.empty(batch, time, heads, value_width)
-    stats = torch.empty(2, batch, time, heads)
+    y = torch.empty(batch, time, heads, value_width, dtype=torch.float32)
+    stats = torch.empty(2, batch, time, heads, dtype=torch.float32)
     repeats = heads // groups
     chunks = batch * -(-time * repeats // LANES) if offsets is None else int(plan.chunks().sum())
     cpu_pool.run(
@@ -709,10 +709,11 @@ def backward(
     grad_q = torch.empty(q.shape, dtype=torch.float32)
     along, value_along = (-(-size // LANES) * LANES for size in (width, value_width))
     leading = k.shape[:2]
-    grad_k, grad_v = torch.zeros(*leading, groups, along), torch.zeros(*leading, groups, value_along)
+    grad_k = torch.zeros(*leading, groups, along, dtype=torch.float32)
+    grad_v = torch.zeros(*leading, groups, value_along, dtype=torch.float32)
     count = plan.count if past_k is not None else 0
-    grad_past_k = torch.zeros(count, slots, groups, along)
-    grad_past_v = torch.zeros(count, slots, groups, value_along)
+    grad_past_k = torch.zeros(count, slots, groups, along, dtype=torch.float32)
+    grad_past_v = torch.zeros(count, slots, groups, value_along, dtype=torch.float32)
     # A span has at least `window` steps, so its keys lie in it and the one before: even spans first, then odd ones.
     chunks = plan.chunks()
     span = min(-(-max(plan.window, SPAN) * (heads // groups) // LANES), int(chunks.max(initial=1)))
