@@ -74,6 +74,7 @@ def in_child(queue) -> None:
     queue.put(y.numpy().tobytes())
 
 
+@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")  # from Python 3.12 on
 def test_kernels_run_after_a_fork(threads) -> None:
     """As in a DataLoader's worker: the parent's pool is alive, the child makes its own."""
     threads(2)
