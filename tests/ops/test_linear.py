@@ -24,8 +24,8 @@ def test_full_fp32_at_the_widest() -> None:
 @pytest.mark.skipif(not AVAILABLE, reason="this PyTorch has no oneDNN")
 def test_takes_the_fast_product() -> None:
     x, w = torch.randn(MIN_ROWS, 6, requires_grad=True), torch.randn(5, 6)
-    assert "milonga" in linear(x, w).grad_fn.next_functions[0][0].name().lower()
-    assert "milonga" not in linear(x[:1], w).grad_fn.name().lower()
+    assert "milonga" in type(linear(x, w).grad_fn.next_functions[0][0]).__name__
+    assert "milonga" not in type(linear(x[:1], w).grad_fn).__name__
 
 
 def test_only_the_gradients_asked_for() -> None:
