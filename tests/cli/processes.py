@@ -6,6 +6,7 @@ own, with its own exit code, output, working folder and limits.
 
 import json
 import os
+import pty
 import subprocess
 import sys
 from pathlib import Path
@@ -90,6 +91,25 @@ def milonga(*arguments, folder, stdin=None, environment=None, timeout=120) -> Do
         env=os.environ | (environment or {}),
     )
     return Done(done.returncode, done.stdout.decode(), done.stderr.decode())
+
+
+def milonga_on_a_terminal(*arguments, folder) -> tuple[int, bytes]:
+    """Run the installed command with stdout and stderr on a terminal: -> (exit code, what it showed)."""
+    ours, theirs = pty.openpty()
+    environment = os.environ | {"TERM": "xterm-256color"}
+    process = subprocess.Popen([script(), *arguments], cwd=folder, stdout=theirs, stderr=theirs, env=environment)
+    os.close(theirs)
+    shown = b""
+    while True:
+        try:
+            piece = os.read(ours, 65536)
+        except OSError:  # how Linux says that the other end is closed
+            break
+        if not piece:
+            break
+        shown += piece
+    os.close(ours)
+    return process.wait(timeout=60), shown
 
 
 class Server:

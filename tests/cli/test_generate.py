@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,8 @@ from milonga.errors import UserError
 from milonga.inference import load
 from milonga.models.pretrained import save_weights
 from tests.inference.helpers import opinionated
+
+from .processes import milonga_on_a_terminal
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +64,18 @@ def test_a_prompt_on_stdin_may_be_any_bytes(model, capsys, monkeypatch):
     monkeypatch.setattr(sys, "stdin", _Stdin(raw))
     generate(model, prompt="-", json_=True)
     assert json.loads(capsys.readouterr().out)["prompt_bytes"] == len(raw)
+
+
+def test_a_terminal_gets_no_control_characters(model, tmp_path):
+    """The model's text is any bytes; a file or a pipe gets them as they are."""
+    text = expected(model, b"once", 200, temperature=3.0)
+    assert re.search(r"[\x00-\x08\x0e-\x1f]", text), "otherwise this shows nothing"
+    settings = ["--prompt", "once", "--bytes", "200", "--temperature", "3"]
+    code, shown = milonga_on_a_terminal("generate", model, *settings, folder=tmp_path)
+    assert code == 0
+    assert not re.search(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]", shown.decode())
+    kept = "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
+    assert shown.decode().replace("\r\n", "\n") == kept + "\n"
 
 
 def test_without_a_prompt_the_text_begins_after_a_line_break(model, capsys):

@@ -2,7 +2,6 @@
 
 import json
 import os
-import pty
 import re
 import subprocess
 import sys
@@ -13,7 +12,7 @@ import pytest
 import milonga as package
 from milonga.cli import main
 
-from .processes import milonga, script
+from .processes import milonga, milonga_on_a_terminal, script
 
 HEAVY = ("torch", "numba", "numpy", "triton", "matplotlib", "milonga.models")
 HELPS = [
@@ -112,22 +111,8 @@ def test_presets_as_a_table_and_as_json(tmp_path):
 
 
 def test_on_a_terminal_tables_are_styled(tmp_path):
-    ours, theirs = pty.openpty()
-    process = subprocess.Popen(
-        [script(), "presets"], cwd=tmp_path, stdout=theirs, stderr=theirs, env=os.environ | {"TERM": "xterm-256color"}
-    )
-    os.close(theirs)
-    shown = b""
-    while True:
-        try:
-            piece = os.read(ours, 65536)
-        except OSError:  # the other end is closed
-            break
-        if not piece:
-            break
-        shown += piece
-    os.close(ours)
-    assert process.wait(timeout=60) == 0
+    code, shown = milonga_on_a_terminal("presets", folder=tmp_path)
+    assert code == 0
     assert b"\x1b[" in shown
     assert b"samba-421m" in shown
 

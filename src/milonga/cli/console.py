@@ -44,6 +44,11 @@ def say(line: str) -> None:
     stderr.print(Text(line))
 
 
+def harmless(text: str) -> str:
+    """What a model wrote, for a terminal: U+FFFD for controls, which could move its cursor or change its settings."""
+    return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
+
+
 def print_json(value: object) -> None:
     """The result of `--json`: one JSON document on stdout. Figures that are no numbers come out as null."""
     sys.stdout.write(json.dumps(_without_nan(value), indent=2) + "\n")

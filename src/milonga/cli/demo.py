@@ -156,9 +156,8 @@ def _stream(lm: LanguageModel, *, silent: bool) -> Sample:
 
 
 def _show_text(text: str) -> None:
-    """Text as the model writes it, with U+FFFD for controls that would move a terminal's cursor."""
-    kept = "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
-    console.stdout.print(Text(kept), end="", soft_wrap=True)
+    """Text as the model writes it."""
+    console.stdout.print(Text(console.harmless(text)), end="", soft_wrap=True)
 
 
 def _show(figures: Mapping[str, Any], run: Path, json_: bool) -> int:

@@ -22,7 +22,8 @@ def run_generate(
     device: str | None,
     json_: bool,
 ) -> int:
-    """Feed the prompt and write what follows: the text alone, or one JSON object.
+    """Feed the prompt and write what follows: the text alone (on a terminal without control characters), or one JSON
+    object.
 
     A prompt of `-` is read from stdin, any bytes of any length; without a prompt the text begins after a line break.
 
@@ -48,10 +49,11 @@ def run_generate(
             }
         )
         return 0
+    terminal = sys.stdout.isatty()
     for piece in pieces:
-        sys.stdout.write(piece)
+        sys.stdout.write(console.harmless(piece) if terminal else piece)
         sys.stdout.flush()
-    if sys.stdout.isatty():
+    if terminal:
         sys.stdout.write("\n")
     return 0
 
