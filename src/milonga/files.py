@@ -62,6 +62,11 @@ def fsync_folder(path: str | os.PathLike[str]) -> None:
         os.close(descriptor)
 
 
+def partial_beside(path: Path) -> Path:
+    """A new name for a temporary in the folder of `path`, which `remove_partials` knows."""
+    return path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}{_PARTIAL}")
+
+
 @contextmanager
 def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     """Write a file that appears whole or not at all.
@@ -75,7 +80,7 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
             `disk_errors`). Any other `OSError` of the block is passed on as it is.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}{_PARTIAL}")
+    temporary = partial_beside(path)
     with disk_errors(path):
         file = open(temporary, "xb", buffering=1 << 20)  # noqa: SIM115  closed below, before the rename
     try:

@@ -2,7 +2,6 @@
 
 import os
 import re
-import secrets
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -11,7 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from milonga.errors import UserError
-from milonga.files import disk_errors, fsync_folder
+from milonga.files import disk_errors, fsync_folder, partial_beside
 
 
 def save_tensors(tensors: Mapping[str, Tensor], path: str | os.PathLike[str], metadata: Mapping[str, str]) -> None:
@@ -21,7 +20,7 @@ def save_tensors(tensors: Mapping[str, Tensor], path: str | os.PathLike[str], me
         UserError: if the disk is full or refuses; what was at `path` stays as it was.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.partial")
+    temporary = partial_beside(path)
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     try:
         with disk_errors(path):

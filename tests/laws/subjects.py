@@ -108,8 +108,8 @@ def subject(name: str) -> Subject:
         config = MODELS[name]
         network = config.build(seed=3)
         with torch.no_grad():
-            for parameter in network.parameters():
-                if parameter.ndim == 2 and "A_log" not in str(parameter):
+            for key, parameter in network.named_parameters():
+                if parameter.ndim == 2 and "A_log" not in key:
                     parameter.mul_(1.5)
         return Subject(name, network, lambda b, t: torch.randint(0, config.vocab_size, (b, t)))
     layer = LAYERS[name].build(WIDTH)

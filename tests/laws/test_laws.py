@@ -295,3 +295,14 @@ def test_losses_are_the_logits_losses(name: str) -> None:
 def test_every_kind_is_under_the_laws() -> None:
     """A layer that is registered but not listed in `subjects.py` fails here."""
     assert {type(config) for config in LAYERS.values()} == set(KINDS.values())
+
+
+@every_subject
+@pytest.mark.parametrize("keep", [-1, 5, torch.tensor([1, 4]), torch.tensor([1, 2, 3])])
+def test_keep_outside_the_piece_is_an_error(name: str, keep: int | torch.Tensor) -> None:
+    """More steps than were read, or fewer than none, cannot be kept."""
+    it = subject(name)
+    if not batch_size(it.empty(2)):
+        return
+    with torch.no_grad(), pytest.raises(ValueError, match="commit: keep must"):
+        it.commit(None, it.trace(it.inputs(2, 3)), keep)

@@ -133,6 +133,14 @@ def test_tensorboard_asked_for_and_not_installed(texts, tmp_path, monkeypatch):
     assert not (tmp_path / "run" / "run.yaml").exists()
 
 
+def test_compiling_without_a_compiler(texts, tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    with pytest.raises(UserError, match=r"needs a C\+\+ compiler"):
+        train(runs.config(texts, steps=2, compile=True), tmp_path / "run")
+    assert not (tmp_path / "run" / "run.yaml").exists()
+
+
 @pytest.mark.filterwarnings("default")  # of other people's protocol buffers
 def test_tensorboard_writes_event_files(texts, tmp_path):
     pytest.importorskip("tensorboard")

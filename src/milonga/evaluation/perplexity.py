@@ -238,6 +238,10 @@ class _Reading:
 
     def _score(self, session: Session, piece: bytes) -> None:
         bits = session.score(piece)
+        if np.isnan(bits).any():
+            raise UserError(
+                "evaluate: the model predicts NaN: its weights are damaged; use an older checkpoint of the run"
+            )
         self.buckets.add(session.position - len(piece), bits)
         self.bits += float(bits.sum())
         self.bytes += len(piece)

@@ -113,9 +113,9 @@ def keep_per_sequence(keep: Keep | None, lengths: Tensor) -> Tensor:
     """
     if keep is None:
         return lengths
-    wanted = torch.as_tensor(keep, dtype=torch.int64).cpu()
+    wanted = torch.as_tensor(keep, dtype=torch.int64, device="cpu")
     if wanted.ndim == 0:
-        wanted = torch.minimum(wanted.expand(lengths.shape), lengths) if int(wanted) >= 0 else wanted.expand(1)
+        wanted = wanted.expand(lengths.shape)
     if wanted.shape != lengths.shape:
         raise ValueError(f"commit: keep must be one number or one per sequence [{lengths.numel()}], got {keep}")
     if bool((wanted < 0).any()) or bool((wanted > lengths).any()):

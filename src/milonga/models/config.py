@@ -16,7 +16,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from milonga.errors import describe_validation
+from milonga.errors import UserError, describe_validation
 from milonga.layers import KINDS, LayerConfig, NormKind
 from milonga.models.network import Network
 
@@ -103,7 +103,10 @@ class ModelConfig(BaseModel):
         words = fields["pattern"].split()
         if "layers" not in changes:
             fields["layers"] = {name: layer for name, layer in fields["layers"].items() if name in words}
-        return ModelConfig(**fields)
+        try:
+            return ModelConfig(**fields)
+        except ValidationError as error:
+            raise UserError(f"replace: {describe_validation(error, 'model')}") from error
 
     def replace_layer(self, name: str, **changes: Any) -> "ModelConfig":
         """A checked copy in which the layer `name` has other settings.
@@ -114,7 +117,10 @@ class ModelConfig(BaseModel):
         if name not in self.layers:
             raise ValueError(f"replace_layer: no layer {name!r}: layers has {', '.join(sorted(self.layers))}")
         layer = self.layers[name]
-        changed = type(layer).model_validate(layer.model_dump() | changes)
+        try:
+            changed = type(layer).model_validate(layer.model_dump() | changes)
+        except ValidationError as error:
+            raise UserError(f"replace_layer: {describe_validation(error, f'layers.{name}')}") from error
         return self.replace(layers=self.layers | {name: changed})
 
     def build(self, *, seed: int = 0, device: torch.device | str | None = None) -> Network:

@@ -136,7 +136,7 @@ class Network(nn.Module):
         """Read a piece of text after `state`.
 
         Args:
-            tokens: int64 `[B T]`; with segments packed `[1 T]`.
+            tokens: int64 `[B T]`, from 0 to V - 1; with segments packed `[1 T]`.
             state: a row per sequence; None is the empty state.
             segments: where sequences start in a packed batch.
             targets: int64 `[B T]`, -100 where no loss is wanted. With targets the losses are returned, computed without
@@ -175,8 +175,8 @@ class Network(nn.Module):
     def _check(
         self, tokens: Tensor, state: NetworkState | None, segments: Segments | None, targets: Tensor | None
     ) -> None:
-        if tokens.ndim != 2 or tokens.is_floating_point():
-            raise ValueError(f"network: tokens must be integers [B T], got {tokens.dtype} {list(tokens.shape)}")
+        if tokens.ndim != 2 or tokens.dtype not in (torch.int64, torch.int32):
+            raise ValueError(f"network: tokens must be int64 [B T], got {tokens.dtype} {list(tokens.shape)}")
         if segments is not None:
             segments.check(tokens.shape[0], tokens.shape[1], "network")
         if targets is not None and targets.shape != tokens.shape:

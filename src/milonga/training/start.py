@@ -1,5 +1,7 @@
 """Opening a run's folder: a new run, or one that continues exactly where its last checkpoint stands."""
 
+import os
+import shutil
 from pathlib import Path
 from typing import NamedTuple
 
@@ -59,6 +61,18 @@ def stored_config(folder: str | Path) -> RunConfig:
     return RunConfig.load(path)
 
 
+def _check_compiler(device: torch.device) -> None:
+    """Raises:
+    UserError: if `torch.compile` would need a C++ compiler that is not there.
+    """
+    names = (os.environ.get("CXX"), "c++", "g++", "clang++", "cl")
+    if device.type == "cpu" and not any(name and shutil.which(name) for name in names):
+        raise UserError(
+            "training.compile: on a CPU torch.compile needs a C++ compiler (g++, say), and none was found; "
+            "install one, or train with --set training.compile=false"
+        )
+
+
 def open_run(config: RunConfig, folder: Path, device: torch.device, *, resume: bool, progress: Callback) -> Run:
     """Build or load everything; for a new run, fix its number of steps and write the config. The folder is locked.
 
@@ -73,6 +87,8 @@ def open_run(config: RunConfig, folder: Path, device: torch.device, *, resume: b
         config = config.with_steps(stored_config(folder).training.steps or 0)
     if config.training.tensorboard:
         check_tensorboard()
+    if config.training.compile:
+        _check_compiler(device)
     sampler, heldout = _data(config, folder, progress)
     if checkpoint is not None and checkpoint.data != sampler.identity():
         changed = [key for key, value in sampler.identity().items() if checkpoint.data.get(key) != value]
