@@ -23,8 +23,8 @@ OPS = (
     "linear_cross_entropy",
 )
 BACKENDS = ("auto", "reference", "cpu", "triton")
-CPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-TRITON_OPS: tuple[str, ...] = ()
+KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+TRITON_OPS: tuple[str, ...] = ("selective_scan",)
 
 
 # Whether each can be imported, found without importing it.
@@ -38,7 +38,7 @@ def refusal(op: str, backend: str, device: str, dtype: torch.dtype) -> str | Non
     if backend == "cpu":
         if device != "cpu":
             return f"its tensors are on {device}"
-        if dtype not in CPU_DTYPES:
+        if dtype not in KERNEL_DTYPES:
             return f"it takes float32, bfloat16 and float16, not {dtype}"
         return None if INSTALLED["numba"] else "Numba is not installed"
     if backend == "triton":
@@ -46,6 +46,8 @@ def refusal(op: str, backend: str, device: str, dtype: torch.dtype) -> str | Non
             return "this op has no Triton kernel"
         if device != "cuda":
             return f"its tensors are on {device}"
+        if dtype not in KERNEL_DTYPES:
+            return f"it takes float32, bfloat16 and float16, not {dtype}"
         return None if INSTALLED["triton"] else "Triton is not installed"
     return f"there is no such backend; choose from {', '.join(BACKENDS)}"
 

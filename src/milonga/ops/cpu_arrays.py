@@ -36,7 +36,7 @@ def rows(tensor: Tensor | None, width: int) -> tuple[np.ndarray, int]:
         values = values.to(torch.float32)
     if values.is_contiguous():
         return values.view(-1).numpy(), width
-    stride = _row_stride(values)
+    stride = row_stride(values)
     if stride is None:
         values = values.contiguous()
         stride = width
@@ -46,7 +46,7 @@ def rows(tensor: Tensor | None, width: int) -> tuple[np.ndarray, int]:
     return values.as_strided(((count - 1) * stride + width,), (1,)).numpy(), stride
 
 
-def _row_stride(tensor: Tensor) -> int | None:
+def row_stride(tensor: Tensor) -> int | None:
     """The one distance between consecutive rows of `[..., width]`, or None where the rows are not evenly spaced."""
     if tensor.ndim < 2:
         return tensor.shape[-1] if tensor.is_contiguous() else None

@@ -25,6 +25,11 @@ def selective_scan_op(
     return kernels("selective_scan", "cpu").forward(x, dt, A, B, C, D, z, dt_bias, initial, offsets, save)
 
 
+@selective_scan_op.register_kernel("cuda")
+def _(x, dt, A, B, C, D, z, dt_bias, initial, offsets, save):
+    return kernels("selective_scan", "triton").forward(x, dt, A, B, C, D, z, dt_bias, initial, offsets, save)
+
+
 @selective_scan_op.register_fake
 def _(x, dt, A, B, C, D, z, dt_bias, initial, offsets, save):
     sequences = x.shape[0] if offsets is None else offsets.shape[0] - 1
@@ -55,6 +60,13 @@ def selective_scan_backward_op(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """-> gradients of x, dt, A, B, C, D, z, dt_bias and initial; empty where the argument was absent."""
     return kernels("selective_scan", "cpu").backward(
+        grad_y, grad_final, x, dt, A, B, C, D, z, dt_bias, initial, offsets, kept
+    )
+
+
+@selective_scan_backward_op.register_kernel("cuda")
+def _(grad_y, grad_final, x, dt, A, B, C, D, z, dt_bias, initial, offsets, kept):
+    return kernels("selective_scan", "triton").backward(
         grad_y, grad_final, x, dt, A, B, C, D, z, dt_bias, initial, offsets, kept
     )
 
