@@ -114,8 +114,8 @@ def test_what_is_returned():
 @pytest.mark.parametrize(
     ("call", "words"),
     [
-        (lambda n, t: n(t[0]), r"tokens must be integers \[B T\]"),
-        (lambda n, t: n(t.float()), "tokens must be integers"),
+        (lambda n, t: n(t[0]), r"tokens must be int64 \[B T\]"),
+        (lambda n, t: n(t.float()), "tokens must be int64"),
         (lambda n, t: n(t, targets=t[:, 1:]), r"targets must be \[2, 5\]"),
         (lambda n, t: n(t, segments=Segments([0, 5])), "packed as"),
         (lambda n, t: n(t, n.init_state(2)[:3]), "state must have 8 layers, got 3"),
