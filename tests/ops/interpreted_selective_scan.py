@@ -27,6 +27,22 @@ def _patch_tensor_for_numpy(tensor, scope) -> None:
 interpreter._patch_lang_tensor = _patch_tensor_for_numpy
 
 
+def _with_boolean_mask(access, place: int):
+    """Triton 3.9 computes `a & b` of two masks in integers and then refuses the result as a mask."""
+
+    def call(builder, *arguments):
+        mask = arguments[place]
+        mask.data = mask.data.astype(bool)
+        return access(builder, *arguments)
+
+    return call
+
+
+_builder = interpreter.InterpreterBuilder
+_builder.create_masked_load = _with_boolean_mask(_builder.create_masked_load, 1)
+_builder.create_masked_store = _with_boolean_mask(_builder.create_masked_store, 2)
+
+
 class Interpreted(torch.autograd.Function):
     """The two kernels as the operator ties them together on a GPU."""
 

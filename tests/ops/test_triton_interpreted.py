@@ -3,20 +3,13 @@
 import os
 import subprocess
 import sys
-from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
 
-def _triton() -> str:
-    try:
-        return version("triton")
-    except PackageNotFoundError:
-        return "none"
-
-
-@pytest.mark.skipif(not _triton().startswith("3.6."), reason=f"needs the interpreter of Triton 3.6, here: {_triton()}")
+@pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed: pip install 'milonga[test]' on Linux")
 @pytest.mark.parametrize("op", ["selective_scan"])
 def test_laws_under_the_interpreter(op: str) -> None:
     folder = Path(__file__).parent
