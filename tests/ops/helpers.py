@@ -1,9 +1,11 @@
 """What every op's test does: compare outputs and all gradients with the reference in float64."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
+
+from milonga.segments import Segments
 
 
 def relative_rms(value: Tensor, reference: Tensor) -> float:
@@ -32,6 +34,24 @@ def outputs_and_gradients(
         [o for o, _ in used], leaves, [g for _, g in used], allow_unused=True, materialize_grads=True
     )
     return [o.detach() for o in outputs], list(upstream), list(gradients)
+
+
+def assert_compiles_to_the_same(
+    op: Callable[..., tuple[Tensor, Tensor]], cases: Iterable[tuple[dict[str, Tensor], Segments | None]]
+) -> None:
+    """Compiled in one graph with dynamic shapes, an op that gives (y, final) has the same gradients to the last bit."""
+
+    def loss(values: dict[str, Tensor], segments: Segments | None) -> Tensor:
+        y, final = op(**values, segments=segments)
+        return y.sin().sum() + final.cos().sum()
+
+    torch._dynamo.reset()
+    compiled = torch.compile(loss, backend="aot_eager", fullgraph=True, dynamic=True)
+    for inputs, segments in cases:
+        leaves = {name: value.requires_grad_() for name, value in inputs.items()}
+        expected = torch.autograd.grad(loss(leaves, segments), list(leaves.values()))
+        got = torch.autograd.grad(compiled(leaves, segments), list(leaves.values()))
+        assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
 
 
 def assert_matches(

@@ -10,13 +10,12 @@ from jaxtyping import Float
 from safetensors import SafetensorError
 from safetensors.torch import load as deserialise
 from safetensors.torch import safe_open
-from safetensors.torch import save as serialise
 from torch import Tensor
 
 from milonga.errors import UserError
-from milonga.files import write_atomically
 from milonga.models.network import NetworkState
 from milonga.state import from_flat, to_flat
+from milonga.tensor_files import save_tensors
 
 FORMAT = 1
 _STATE, _LOGITS = "state.", "next_logits"
@@ -62,7 +61,7 @@ def write_session(path: Path, session: SavedSession) -> None:
         "pending": session.pending.hex(),
     }
     header["checksum"] = _checksum(tensors, header)
-    write_atomically(path, serialise(tensors, metadata=header))
+    save_tensors(tensors, path, header)
 
 
 def read_session(path: Path, model: str, codec: str, like: tuple[NetworkState, Tensor]) -> SavedSession:

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from milonga.ops.backend import choice
+from milonga.ops.backend import choice, direct, kernels
 from milonga.ops.rms_norm.library import rms_norm_op
 from milonga.ops.rms_norm.reference import rms_norm_reference
 
@@ -33,7 +33,8 @@ def rms_norm(x: Tensor, weight: Tensor, *, eps: float = 1e-5, backend: str = "au
         raise ValueError(f"rms_norm: weight must be [D], expected [{x.shape[-1]}], got {list(weight.shape)}")
     if choice("rms_norm", backend, x.device.type, x.dtype) == "reference":
         return rms_norm_reference(x, weight, eps)
-    return rms_norm_op(x, weight.float(), eps)[0]
+    run = kernels("rms_norm", "cpu").forward if direct(x) else rms_norm_op
+    return run(x, weight.float(), eps)[0]
 
 
 __all__ = ["ERROR_BOUND", "rms_norm", "rms_norm_reference"]

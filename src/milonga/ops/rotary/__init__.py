@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from milonga.ops.backend import choice
+from milonga.ops.backend import choice, direct, kernels
 from milonga.ops.rotary.library import rotary_op
 from milonga.ops.rotary.reference import rotary_reference, rotary_tables
 
@@ -47,7 +47,8 @@ def rotary(x: Tensor, positions: Tensor, *, base: float = 10000.0, backend: str 
         raise ValueError(f"rotary: base must be positive, got {base}")
     if choice("rotary", backend, x.device.type, x.dtype) == "reference":
         return rotary_reference(x, positions, base)
-    return rotary_op(x, positions, base, 1.0)
+    run = kernels("rotary", "cpu").rotate if direct(x) else rotary_op
+    return run(x, positions, base, 1.0)
 
 
 __all__ = ["ANGLE_BOUND", "ERROR_BOUND", "rotary", "rotary_reference", "rotary_tables"]

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from milonga.ops.backend import choice
+from milonga.ops.backend import choice, direct, kernels
 from milonga.ops.swiglu.library import swiglu_op
 from milonga.ops.swiglu.reference import swiglu_reference
 
@@ -33,7 +33,8 @@ def swiglu(gate: Tensor, up: Tensor, *, backend: str = "auto") -> Tensor:
         )
     if choice("swiglu", backend, gate.device.type, gate.dtype) == "reference":
         return swiglu_reference(gate, up)
-    return swiglu_op(gate, up)
+    run = kernels("swiglu", "cpu").forward if direct(gate) else swiglu_op
+    return run(gate, up)
 
 
 __all__ = ["ERROR_BOUND", "swiglu", "swiglu_reference"]
