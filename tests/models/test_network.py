@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from milonga.layers import AttentionConfig, MambaConfig, SwiGLUConfig
+from milonga.layers.recompute import CHEAP
 from milonga.models import ModelConfig
 from milonga.segments import Segments
 
@@ -128,3 +129,23 @@ def test_what_does_not_fit(call, words):
     network = CONFIG.build()
     with pytest.raises(ValueError, match=words):
         call(network, torch.randint(1000, (2, 5)))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_forgetting_cheap_results_changes_no_gradient(precision: str) -> None:
+    layers = {
+        "mamba": MambaConfig(d_state=4),
+        "mlp": SwiGLUConfig(d_hidden=24),
+        "swa": AttentionConfig(heads=2, window=5),
+    }
+    config = ModelConfig(vocab_size=19, d_model=16, pattern="mamba mlp swa mlp", repeats=1, layers=layers)
+    network = config.build()
+    torch.manual_seed(0)
+    tokens = torch.randint(0, 19, (2, 13))
+    found = []
+    for names in ((), CHEAP):
+        network.recompute = names
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+            losses = network(tokens, targets=tokens).losses
+        found.append(torch.autograd.grad(losses.sum(), list(network.parameters())))
+    assert all(torch.equal(kept, again) for kept, again in zip(*found, strict=True))

@@ -1,5 +1,6 @@
 """Causal attention over a window or over everything; rotary positions or none, grouped keys, short convolution."""
 
+from functools import partial
 from typing import Literal, NamedTuple
 
 import torch
@@ -7,8 +8,18 @@ from jaxtyping import Float, Int
 from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
-from milonga.layers.base import Keep, Layer, LayerConfig, keep_per_sequence, last_columns
+from milonga.layers.base import (
+    Keep,
+    Layer,
+    LayerConfig,
+    keep_on_device,
+    keep_per_sequence,
+    last_columns,
+    last_columns_,
+    write_,
+)
 from milonga.layers.linear import Linear
+from milonga.layers.recompute import cheap
 from milonga.ops.causal_conv import causal_conv
 from milonga.ops.rotary import rotary
 from milonga.ops.window_attention import window_attention
@@ -133,7 +144,9 @@ class Attention(Layer):
         qk, v = heads.split([self.heads + self.groups, self.groups], dim=2)
         start = state.position if state is not None else None
         if self.config.rope_base is not None:
-            qk = rotary(qk, self._positions(batch, time, start, segments, x.device), base=self.config.rope_base)
+            positions = self._positions(batch, time, start, segments, x.device)
+            turned = partial(rotary, positions=positions, base=self.config.rope_base)
+            qk = cheap("rotary", turned(qk), turned, qk)
         q, k = qk.split([self.heads, self.groups], dim=2)
         past_k, past_v = (state.k.to(k.dtype), state.v.to(v.dtype)) if state is not None else (None, None)
         y = window_attention(
@@ -180,6 +193,39 @@ class Attention(Layer):
         pads = [r.new_zeros(r.shape[0], extra, *r.shape[2:]) for r in (state.k, state.v)]
         return state._replace(k=torch.cat([state.k, pads[0]], 1), v=torch.cat([state.v, pads[1]], 1))
 
+    def commit_(self, state: AttentionState, trace: AttentionTrace, keep: Keep | None = None) -> None:
+        """As `Layer.commit_`: writes the slots of the kept steps and no others.
+
+        Raises:
+            ValueError: on a CPU, if the buffer of full attention has no room for them (see `resized`).
+        """
+        if trace.segments is not None:
+            write_(state, self.commit(state, trace, keep))
+            return
+        batch, time = trace.k.shape[:2]
+        kept = keep_on_device(keep, batch, time, trace.k.device)
+        slots = state.k.shape[1]
+        if self.config.window is None and kept.device.type == "cpu" and kept.numel():
+            needed = int((state.position + kept).max())
+            if needed > slots:
+                raise ValueError(f"attention: the buffer holds {slots} steps, {needed} are to be kept: resize it first")
+        for ring, new in ((state.k, trace.k), (state.v, trace.v)):
+            _write_ring_(ring, new, state.position, kept)
+        last_columns_(state.conv, trace.columns, kept)
+        state.position.add_(kept)
+
+    def resized(self, state: AttentionState, capacity: int) -> AttentionState:
+        """As `Layer.resized`. No key may be lost: `capacity` is at least the largest position."""
+        if self.config.window is not None or capacity == state.k.shape[1]:
+            return state
+        rings = []
+        for ring in (state.k, state.v):
+            resized = ring.new_zeros(ring.shape[0], capacity, *ring.shape[2:])
+            shared = min(capacity, ring.shape[1])
+            resized[:, :shared] = ring[:, :shared]
+            rings.append(resized)
+        return state._replace(k=rings[0], v=rings[1])
+
     def init_state(
         self, batch: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> AttentionState:
@@ -225,3 +271,18 @@ def _write_ring(ring: Tensor, new: Tensor, position: Tensor, kept: Tensor, start
     fresh = newest >= position[:, None]
     index = (starts[:, None] + (newest - position[:, None]).clamp_min(0)).clamp_max(flat.shape[0] - 1)
     return torch.where(fresh[..., None, None], flat[index].to(ring.dtype), ring)
+
+
+def _write_ring_(ring: Tensor, new: Tensor, position: Tensor, kept: Tensor) -> None:
+    """`_write_ring` into the ring itself: `[B P G K]` and `[B T G K]`, everything on one device, nothing read back."""
+    slots, (batch, time) = ring.shape[1], new.shape[:2]
+    if slots == 0 or batch * time == 0:
+        return
+    if time > slots:  # steps meet in a slot, and the newest of them stays
+        starts = torch.arange(batch, device=ring.device) * time
+        ring.copy_(_write_ring(ring, new, position, kept, starts))
+        return
+    steps = torch.arange(time, device=ring.device)
+    rows, slot = torch.arange(batch, device=ring.device)[:, None], torch.remainder(position[:, None] + steps, slots)
+    taken = (steps < kept[:, None])[..., None, None]
+    ring[rows, slot] = torch.where(taken, new.to(ring.dtype), ring[rows, slot])

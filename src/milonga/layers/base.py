@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
 from milonga.segments import Segments, sequence_bounds
-from milonga.state import State, nbytes
+from milonga.state import State, named_tensors, nbytes
 
 Trace = Any  # what one piece of text added; each layer has its own NamedTuple
 Keep = int | Int[Tensor, " S"]  # how many steps of a piece to keep: one number, or one per sequence
@@ -86,6 +86,27 @@ class Layer(nn.Module):
         """The state after the traced piece, or after its first `keep` steps (one number, or one per sequence). Pure."""
         raise NotImplementedError
 
+    def commit_(self, state: State, trace: Trace, keep: Keep | None = None) -> None:
+        """`commit` into the tensors of `state` itself, bit for bit the same values.
+
+        The buffers that captured decoding replays over stay where they are. A `keep` on a GPU is read there and trusted
+        to lie within the piece: checking it would wait for the GPU.
+        """
+        write_(state, self.commit(state, trace, keep))
+
+    def resized(self, state: State, capacity: int) -> State:
+        """The state with room for exactly `capacity` steps, where it is a buffer that grows; else the state itself."""
+        return state
+
+    def step_(self, x: Float[Tensor, "B 1 D"], state: State, norm: nn.Module) -> Float[Tensor, "B 1 D"]:
+        """One decoded step of every row, the state advanced in place: -> `x + self(norm(x))`.
+
+        Here as `advance` and `commit_`; a layer whose step has kernels of its own overrides it.
+        """
+        y, trace = self.advance(norm(x), state)
+        self.commit_(state, trace)
+        return x + y
+
     def init_state(
         self, batch: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> State:
@@ -121,6 +142,36 @@ def keep_per_sequence(keep: Keep | None, lengths: Tensor) -> Tensor:
     if bool((wanted < 0).any()) or bool((wanted > lengths).any()):
         raise ValueError(f"commit: keep must lie in 0..{lengths.tolist()[:8]}, got {wanted.tolist()[:8]}")
     return wanted
+
+
+def write_(state: State, values: State) -> None:
+    """Copy `values` into the tensors of `state`, which has the same shapes."""
+    for (_, old), (_, new) in zip(named_tensors(state), named_tensors(values), strict=True):
+        old.copy_(new)
+
+
+def keep_on_device(keep: Keep | None, batch: int, time: int, device: torch.device) -> Int[Tensor, " B"]:
+    """`keep` as int64 `[B]` on `device`, without segments. One that lies on a GPU already is not checked.
+
+    Raises:
+        ValueError: as `keep_per_sequence`.
+    """
+    if keep is None:
+        return torch.full((batch,), time, dtype=torch.int64, device=device)
+    if isinstance(keep, Tensor) and keep.device.type != "cpu":
+        return keep.to(device, torch.int64).expand(batch)
+    checked = keep_per_sequence(keep, sequence_bounds(batch, time, None).diff())
+    return checked.to(device)
+
+
+def last_columns_(history: Float[Tensor, "B P C"], new: Float[Tensor, "B T C"], keep: Int[Tensor, " B"]) -> None:
+    """`last_columns` into `history` itself, without segments; `keep` on the same device."""
+    columns = history.shape[1]
+    if columns == 0 or new.shape[1] == 0:
+        return
+    both = torch.cat([history, new.to(history.dtype)], 1)
+    index = keep[:, None] + torch.arange(columns, device=history.device)
+    history.copy_(both.gather(1, index[..., None].expand(-1, -1, history.shape[2])))
 
 
 def kept_steps(x: Tensor, keep: Tensor, segments: Segments | None) -> tuple[Tensor, Segments]:

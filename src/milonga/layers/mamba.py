@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from milonga.layers.base import Keep, KeepFp32, Layer, LayerConfig, keep_per_sequence, kept_steps, last_columns
 from milonga.layers.linear import Linear
+from milonga.layers.recompute import cheap
 from milonga.ops.causal_conv import causal_conv
 from milonga.ops.selective_scan import selective_scan
 from milonga.segments import Segments, sequence_bounds, sequence_count
@@ -124,9 +125,14 @@ class Mamba(Layer):
         conv_initial, ssm_initial = state if state is not None else (None, None)
         if conv_initial is not None:
             conv_initial = conv_initial.to(columns.dtype)
-        u, conv_final = causal_conv(columns, self.conv_weight, self.conv_bias, initial=conv_initial, segments=segments)
-        dt, B, C = self.x_proj(u).split(self.split_sizes, dim=-1)
-        dt = self.dt_proj(dt)
+
+        def convolve(columns: Tensor) -> tuple[Tensor, Tensor]:
+            return causal_conv(columns, self.conv_weight, self.conv_bias, initial=conv_initial, segments=segments)
+
+        u, conv_final = convolve(columns)
+        u = cheap("conv", u, lambda columns: convolve(columns)[0], columns)
+        low, B, C = self.x_proj(u).split(self.split_sizes, dim=-1)
+        dt = cheap("dt", self.dt_proj(low), self.dt_proj, low)
         y, ssm_final = selective_scan(
             u,
             dt,

@@ -13,6 +13,12 @@ from milonga.ops.rms_norm import rms_norm
 NormKind = Literal["rms_norm", "layer_norm"]
 
 
+def _wanted(x: Tensor) -> torch.dtype:
+    """The dtype in which a norm of `x` goes into the next product: that of autocast where it is on, else that of x."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
 class RMSNorm(KeepFp32):
     """`x / rms(x) * weight`: weight `[D]` fp32, initially 1."""
 
@@ -21,9 +27,14 @@ class RMSNorm(KeepFp32):
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(width))
 
-    def forward(self, x: Float[Tensor, "*rows D"]) -> Float[Tensor, "*rows D"]:
-        """-> like x; sums at least fp32."""
-        return rms_norm(x, self.weight, eps=self.eps)
+    def forward(
+        self, x: Float[Tensor, "*rows D"], branch: Float[Tensor, "*rows D"] | None = None
+    ) -> Float[Tensor, "*rows D"] | tuple[Float[Tensor, "*rows D"], Float[Tensor, "*rows D"]]:
+        """-> like x, in autocast's dtype where that is on; sums at least fp32. With `branch`: (norm of sum, sum)."""
+        if branch is not None:
+            x = x + branch
+        y = rms_norm(x, self.weight, eps=self.eps).to(_wanted(x))
+        return y if branch is None else (y, x)
 
 
 class LayerNorm(KeepFp32):
@@ -35,10 +46,15 @@ class LayerNorm(KeepFp32):
         self.weight = nn.Parameter(torch.ones(width))
         self.bias = nn.Parameter(torch.zeros(width))
 
-    def forward(self, x: Float[Tensor, "*rows D"]) -> Float[Tensor, "*rows D"]:
-        """-> like x; sums at least fp32."""
+    def forward(
+        self, x: Float[Tensor, "*rows D"], branch: Float[Tensor, "*rows D"] | None = None
+    ) -> Float[Tensor, "*rows D"] | tuple[Float[Tensor, "*rows D"], Float[Tensor, "*rows D"]]:
+        """As `RMSNorm.forward`."""
+        if branch is not None:
+            x = x + branch
         wide = x.to(self.weight.dtype)
-        return F.layer_norm(wide, self.weight.shape, self.weight, self.bias, self.eps).to(x.dtype)
+        y = F.layer_norm(wide, self.weight.shape, self.weight, self.bias, self.eps).to(_wanted(x))
+        return y if branch is None else (y, x)
 
 
 def build_norm(kind: NormKind, width: int, eps: float) -> RMSNorm | LayerNorm:

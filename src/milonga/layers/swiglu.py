@@ -9,6 +9,7 @@ from torch import Tensor
 
 from milonga.layers.base import Keep, Layer, LayerConfig
 from milonga.layers.linear import Linear
+from milonga.layers.recompute import cheap
 from milonga.ops.swiglu import swiglu
 from milonga.segments import Segments
 
@@ -58,7 +59,8 @@ class SwiGLU(Layer):
     ) -> tuple[Float[Tensor, "B T D"], NoState]:
         """As `Layer.advance`; the trace is empty."""
         gate, up = self.gate_up(x).chunk(2, dim=-1)
-        return self.down(swiglu(gate, up)), NoState()
+        hidden = cheap("gate", swiglu(gate, up), swiglu, gate, up)
+        return self.down(hidden), NoState()
 
     def commit(self, state: NoState | None, trace: NoState, keep: Keep | None = None) -> NoState:
         """As `Layer.commit`: always the empty state."""

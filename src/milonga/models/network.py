@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from milonga.layers import Layer, LayerConfig, NormKind, build_norm
 from milonga.layers.base import Keep, Trace
 from milonga.layers.linear import Linear
+from milonga.layers.recompute import cheap, forgetting
 from milonga.ops.linear import linear
 from milonga.ops.linear_cross_entropy import linear_cross_entropy
 from milonga.segments import Segments
@@ -52,7 +53,10 @@ class NetworkOutput(NamedTuple):
 
 
 class Sublayer(nn.Module):
-    """`x + layer(norm(x))`: the norm and the residual live here, not in layers."""
+    """`x + layer(norm(x))`: the norm and the residual live here, not in layers.
+
+    What the layer before gave is added here too, so that the sum and its norm are one pass over memory.
+    """
 
     def __init__(self, norm: nn.Module, layer: Layer):
         super().__init__()
@@ -60,12 +64,22 @@ class Sublayer(nn.Module):
         self.layer = layer
 
     def forward(
-        self, x: Float[Tensor, "B T D"], state: State | None, segments: Segments | None, keep_state: bool, traced: bool
-    ) -> tuple[Float[Tensor, "B T D"], State | None, Trace | None]:
-        """-> (the residual stream, the next state unless not wanted, the trace if wanted)."""
-        y, trace = self.layer.advance(self.norm(x), state, segments)
+        self,
+        x: Float[Tensor, "B T D"],
+        branch: Float[Tensor, "B T D"] | None,
+        state: State | None,
+        segments: Segments | None,
+        keep_state: bool,
+        traced: bool,
+    ) -> tuple[Float[Tensor, "B T D"], Float[Tensor, "B T D"], State | None, Trace | None]:
+        """-> (`x + branch`, what the layer adds to it, the next state unless not wanted, the trace if wanted)."""
+        if branch is None:
+            y = self.norm(x)
+        else:
+            y, x = self.norm(x, branch)
+        y, trace = self.layer.advance(cheap("norm", y, self.norm, x), state, segments)
         after = self.layer.commit(state, trace) if keep_state and not traced else None
-        return x + y, after, trace if traced else None
+        return x, y, after, trace if traced else None
 
 
 class Network(nn.Module):
@@ -92,6 +106,7 @@ class Network(nn.Module):
             if config.tied:
                 self.head.weight = self.embedding.weight
             self._initialise()
+        self.recompute: tuple[str, ...] = ()  # results that the backward pass makes again, see `layers.recompute`
         if device is not None and not on_meta:
             self.to(device)
 
@@ -150,9 +165,11 @@ class Network(nn.Module):
         self._check(tokens, state, segments, targets)
         keep_state = state is not None or targets is None
         x = self.embedding(tokens)
-        states, traces = [], []
+        branch, states, traces = None, [], []
         for index, sublayer in enumerate(self.sublayers):
-            x, after, trace = sublayer(x, None if state is None else state[index], segments, keep_state, traced)
+            with forgetting(self.recompute):
+                before = None if state is None else state[index]
+                x, branch, after, trace = sublayer(x, branch, before, segments, keep_state, traced)
             states.append(after)
             traces.append(trace)
         wanted = logits or ("all" if targets is None else "none")
@@ -161,7 +178,9 @@ class Network(nn.Module):
             if targets is not None:
                 raise ValueError("network: logits='last' and targets exclude each other")
             x = _last_steps(x, segments)
-        x = self.norm(x) if wanted != "none" or targets is not None else x
+            branch = None if branch is None else _last_steps(branch, segments)
+        if wanted != "none" or targets is not None:
+            x = self.norm(x) if branch is None else self.norm(x, branch)[0]
         if targets is not None:
             losses = linear_cross_entropy(x, self.head.weight, targets)
         scores = None
@@ -190,6 +209,15 @@ class Network(nn.Module):
         return tuple(
             layer.commit(part, piece, keep) for layer, part, piece in zip(self.layers(), before, trace, strict=True)
         )
+
+    def commit_(self, state: NetworkState, trace: Sequence[Trace], keep: Keep | None = None) -> None:
+        """`commit` into the tensors of `state` itself, bit for bit the same values; see `Layer.commit_`."""
+        for layer, part, piece in zip(self.layers(), state, trace, strict=True):
+            layer.commit_(part, piece, keep)
+
+    def resized(self, state: NetworkState, capacity: int) -> NetworkState:
+        """The state with room for exactly `capacity` steps in every buffer that grows; the rest is shared."""
+        return tuple(layer.resized(part, capacity) for layer, part in zip(self.layers(), state, strict=True))
 
     def init_state(
         self, batch: int = 1, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None

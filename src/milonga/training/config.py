@@ -20,6 +20,7 @@ from pydantic import (
 from milonga.data.config import DataConfig
 from milonga.data.text import ByteCodec
 from milonga.errors import UserError, describe_validation
+from milonga.layers.recompute import Cheap
 from milonga.models import ModelConfig, preset
 from milonga.training.optimizer import OptimizerConfig
 from milonga.training.schedule import ScheduleConfig
@@ -42,6 +43,8 @@ class TrainingConfig(BaseModel):
         keep: newest checkpoints that are kept.
         log_every: steps between two lines of metrics.
         device: `auto` takes a GPU where there is one; `cpu`, `cuda`, `cuda:1`.
+        recompute: results that the backward pass makes again instead of keeping them, to save memory: any of `norm`,
+            `gate`, `conv`, `dt`, `rotary`. It changes no number.
         compile: run the network through `torch.compile`.
         tensorboard: also write TensorBoard event files (extra `tensorboard`).
     """
@@ -62,6 +65,7 @@ class TrainingConfig(BaseModel):
     keep: PositiveInt = 3
     log_every: PositiveInt = 10
     device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
+    recompute: tuple[Cheap, ...] = ()
     compile: bool = False
     tensorboard: bool = False
 
@@ -230,6 +234,7 @@ FREE_ON_RESUME = (
     "training.minutes",
     "training.device",
     "training.keep",
+    "training.recompute",
     "training.tensorboard",
 )
 

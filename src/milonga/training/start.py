@@ -97,6 +97,7 @@ def open_run(config: RunConfig, folder: Path, device: torch.device, *, resume: b
             "restore the files, or start a new run in another folder"
         )
     network = config.model.build(seed=config.training.seed, device=device)
+    network.recompute = config.training.recompute
     if checkpoint is not None:
         _load_weights(network, checkpoint, config)
     if config.training.steps is None:

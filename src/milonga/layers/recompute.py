@@ -1,0 +1,106 @@
+"""Tensors that the backward pass makes again instead of keeping them: selective activation checkpointing.
+
+A layer says which of its intermediate results are cheap to make again (`cheap`); a network says which of them are not
+to be kept (`forgetting`). What the derivative of another op would have saved of such a result is then replaced by the
+recipe for it. Only the named result is made again, not the layer: norms, gates, short convolutions and rotations cost a
+few per cent of a step and are half of its memory.
+"""
+
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+Cheap = Literal["norm", "gate", "conv", "dt", "rotary"]
+CHEAP: tuple[str, ...] = get_args(Cheap)
+
+
+class _Recipe:
+    """How one tensor is made again; what was made is kept until everyone who saved the tensor has had it."""
+
+    def __init__(self, value: Tensor, make: Callable[..., Tensor], sources: tuple[Tensor, ...]):
+        self.value: Tensor | None = value  # holds the memory, so that its address names this tensor and no other
+        self.make = make
+        self.sources = tuple(source.detach() for source in sources)
+        self.device = value.device.type
+        self.autocast = torch.get_autocast_dtype(self.device) if torch.is_autocast_enabled(self.device) else None
+        self.wanted = 0
+        self.layout = (value.shape, value.stride(), value.dtype)
+
+    def again(self) -> Tensor:
+        """The tensor, made again if it is not at hand."""
+        if self.value is None:
+            with torch.no_grad(), torch.autocast(self.device, self.autocast, enabled=self.autocast is not None):
+                self.value = self.make(*self.sources)
+            assert (self.value.shape, self.value.stride(), self.value.dtype) == self.layout
+        value = self.value
+        self.wanted -= 1
+        if self.wanted <= 0:
+            self.value = None
+        return value
+
+
+class _Forgetting:
+    """The results that are not kept, by the address of their memory, while a forward pass is under way."""
+
+    def __init__(self, names: Collection[str]):
+        self.names = frozenset(names)
+        self.recipes: dict[int, _Recipe] = {}
+
+    def pack(self, tensor: Tensor) -> "Tensor | tuple[_Recipe, torch.Size, tuple[int, ...], int]":
+        recipe = self.recipes.get(tensor.untyped_storage().data_ptr()) if self.recipes else None
+        if recipe is None or tensor.dtype != recipe.layout[2]:
+            return tensor
+        recipe.wanted += 1
+        return recipe, tensor.shape, tensor.stride(), int(tensor.storage_offset())
+
+    @staticmethod
+    def unpack(packed: "Tensor | tuple[_Recipe, torch.Size, tuple[int, ...], int]") -> Tensor:
+        if isinstance(packed, Tensor):
+            return packed
+        recipe, shape, stride, offset = packed
+        return recipe.again().as_strided(shape, stride, offset)
+
+
+_active: ContextVar[_Forgetting | None] = ContextVar("forgetting", default=None)
+
+
+@contextmanager
+def forgetting(names: Collection[str]) -> Iterator[None]:
+    """Within it, results that layers call cheap under one of `names` are not kept for the backward pass.
+
+    It is for one sub-layer at a time: the results themselves live until it ends. Without a gradient to compute, with no
+    names, and in code that is being compiled (where the compiler decides what to keep), it does nothing.
+    """
+    if not names or torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        yield
+        return
+    here = _Forgetting(names)
+    token = _active.set(here)
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(here.pack, here.unpack):
+            yield
+    finally:
+        _active.reset(token)
+        for recipe in here.recipes.values():
+            recipe.value = None
+
+
+def cheap(name: Cheap, value: Tensor, make: Callable[..., Tensor], *sources: Tensor) -> Tensor:
+    """Say that `value` equals `make(*sources)`, and that making it again costs little beside keeping it.
+
+    Args:
+        name: what kind of result it is.
+        value: the result, as it was just computed; returned as it is.
+        make: makes it again, of the same layout, from `sources` and from parameters.
+        sources: tensors that are kept anyway.
+    """
+    here = None if torch.compiler.is_compiling() else _active.get()
+    if here is not None and name in here.names and value.is_contiguous():
+        storage = value.untyped_storage()
+        if storage.nbytes() == value.nbytes:  # a view of something larger would not free it
+            here.recipes[storage.data_ptr()] = _Recipe(value, make, sources)
+    return value
