@@ -7,11 +7,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from milonga.layers import KINDS
+from milonga.layers import KINDS, RMSNorm
 from milonga.models import ModelConfig
 from milonga.segments import Segments
 from milonga.state import batch_size, clone, from_flat, merge, named_tensors, nbytes, select, to_flat
-from tests.laws.subjects import LAYERS, MODELS, NAMES, WINDOW, Subject, subject
+from tests.laws.subjects import LAYERS, MODELS, NAMES, WIDTH, WINDOW, Subject, subject
 from tests.ops.helpers import relative_rms
 
 # Relative RMS between two orders of the same fp32 sums, through a whole model.
@@ -114,6 +114,64 @@ def test_commit_keeps_steps(name: str, data: st.DataObject, batch: int, before: 
                 assert_same_state(select(kept, [row]), alone)
         if before:
             assert_same_state(state, untouched, 0.0)
+
+
+@every_subject
+@given(data=st.data(), batch=st.integers(1, 3), before=LENGTHS, time=LENGTHS, seed=SEEDS)
+def test_commit_in_place(name: str, data: st.DataObject, batch: int, before: int, time: int, seed: int) -> None:
+    """`commit_` leaves in the given tensors what `commit` returns, bit for bit, whatever is kept of a piece."""
+    torch.manual_seed(seed)
+    it = subject(name)
+    per_row = st.lists(st.integers(0, time), min_size=batch, max_size=batch).map(torch.tensor)
+    keep = data.draw(st.one_of(st.none(), st.integers(0, time), per_row))
+    x, history = it.inputs(batch, time), it.inputs(batch, before)
+    with torch.no_grad():
+        state = it.module.resized(it.run(history, it.empty(batch))[1], before + time)
+        trace = it.trace(x, state)
+        expected = it.commit(state, trace, keep)
+        places = [tensor.data_ptr() for _, tensor in named_tensors(state)]
+        assert it.module.commit_(state, trace, keep) is None
+    assert places == [tensor.data_ptr() for _, tensor in named_tensors(state)]
+    assert_same_state(state, expected, 0.0)
+
+
+@every_subject
+@given(lengths=st.lists(st.integers(0, 9), min_size=1, max_size=4), seed=SEEDS)
+def test_packed_commit_in_place(name: str, lengths: list[int], seed: int) -> None:
+    """The same of packed sequences."""
+    torch.manual_seed(seed)
+    it = subject(name)
+    with torch.no_grad():
+        state = it.module.resized(it.run(it.inputs(len(lengths), 4))[1], 64)
+        trace = it.trace(it.inputs(1, sum(lengths)), state, Segments.from_lengths(lengths))
+        expected = it.commit(state, trace, torch.tensor(lengths) // 2)
+        it.module.commit_(state, trace, torch.tensor(lengths) // 2)
+    assert_same_state(state, expected, 0.0)
+
+
+@pytest.mark.parametrize("name", list(LAYERS))
+def test_a_step_in_place_is_a_step(name: str) -> None:
+    """`step_` adds what the layer gives for one step, and leaves the state behind it, far past the window."""
+    it = subject(name)
+    norm = RMSNorm(WIDTH)
+    x = it.inputs(2, 3 * WINDOW + 2)
+    with torch.no_grad():
+        state = it.module.resized(it.empty(2), x.shape[1])
+        expected, after = it.run(norm(x))
+        got = torch.cat([it.module.step_(x[:, t : t + 1], state, norm) for t in range(x.shape[1])], 1)
+    assert_close(got, x + expected)
+    assert_same_state(state, after)
+
+
+def test_a_full_buffer_is_not_written_past() -> None:
+    """Committing more steps than the buffer of full attention holds is an error, and writes nothing."""
+    it = subject("full")
+    with torch.no_grad():
+        state = it.module.resized(it.empty(2), 3)
+        untouched = clone(state)
+        with pytest.raises(ValueError, match="resize it first"):
+            it.module.commit_(state, it.trace(it.inputs(2, 4), state))
+    assert_same_state(state, untouched, 0.0)
 
 
 @every_subject

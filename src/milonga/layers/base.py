@@ -107,27 +107,6 @@ class Layer(nn.Module):
         self.commit_(state, trace)
         return x + y
 
-    def commit_(self, state: State, trace: Trace, keep: Keep | None = None) -> None:
-        """`commit` into the tensors of `state` itself, bit for bit the same values.
-
-        The buffers that captured decoding replays over stay where they are. A `keep` on a GPU is read there and trusted
-        to lie within the piece: checking it would wait for the GPU.
-        """
-        write_(state, self.commit(state, trace, keep))
-
-    def resized(self, state: State, capacity: int) -> State:
-        """The state with room for exactly `capacity` steps, where it is a buffer that grows; else the state itself."""
-        return state
-
-    def step_(self, x: Float[Tensor, "B 1 D"], state: State, norm: nn.Module) -> Float[Tensor, "B 1 D"]:
-        """One decoded step of every row, the state advanced in place: -> `x + self(norm(x))`.
-
-        Here as `advance` and `commit_`; a layer whose step has kernels of its own overrides it.
-        """
-        y, trace = self.advance(norm(x), state)
-        self.commit_(state, trace)
-        return x + y
-
     def init_state(
         self, batch: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> State:
