@@ -33,7 +33,7 @@ def corpus(tmp_path):
 def _gradients(network, batch, state=None, accumulation=1):
     network.zero_grad()
     nats, tokens, after = backward(network, batch, state, device=CPU, accumulation=accumulation)
-    return nats, tokens, after, {name: p.grad.clone() for name, p in network.named_parameters()}
+    return float(nats), tokens, after, {name: p.grad.clone() for name, p in network.named_parameters()}
 
 
 @pytest.mark.parametrize("packed", [False, True])

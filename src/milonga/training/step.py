@@ -6,7 +6,7 @@ from itertools import pairwise
 from typing import Literal, NamedTuple
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float64, Int
 from torch import Tensor
 
 from milonga.data.windows import IGNORED, Batch
@@ -62,14 +62,14 @@ def backward(
     device: torch.device,
     precision: Literal["fp32", "bf16"] = "fp32",
     accumulation: int = 1,
-) -> tuple[float, int, NetworkState | None]:
+) -> tuple[Float64[Tensor, ""], int, NetworkState | None]:
     """Add the gradient of the mean loss over all targets of the batch: -> (sum of losses in nats, targets, next state).
 
-    The gradient does not depend on `accumulation` but for rounding. With a state (one row per sequence) training
+    The sum stays on the device, so that nothing here waits for it. The gradient does not depend on `accumulation` but for rounding. With a state (one row per sequence) training
     carries it from step to step: the next state is returned, cut from the graph.
     """
     tokens = int((batch.targets != IGNORED).sum())
-    nats = torch.zeros((), dtype=torch.float64)
+    nats = torch.zeros((), dtype=torch.float64, device=device)
     states: list[NetworkState] = []
     for piece in micro_batches(batch, accumulation):
         before = state
@@ -77,20 +77,20 @@ def backward(
             before = select(state, list(range(*piece.rows.indices(batch_size(state)))))
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
             output = network(
-                piece.tokens.to(device, torch.int64),
+                piece.tokens.to(device, torch.int64, non_blocking=True),
                 before,
                 segments=piece.segments,
-                targets=piece.targets.to(device, torch.int64),
+                targets=piece.targets.to(device, torch.int64, non_blocking=True),
             )
         assert output.losses is not None, "targets give losses"
         total = output.losses.sum(dtype=torch.float32)
         (total / max(1, tokens)).backward()
-        nats += total.detach().to("cpu", torch.float64)
+        nats += total.detach()
         if state is not None:
             states.append(detach(output.state))
     if state is None:
-        return float(nats), tokens, None
-    return float(nats), tokens, states[0] if len(states) == 1 else merge(states)
+        return nats, tokens, None
+    return nats, tokens, states[0] if len(states) == 1 else merge(states)
 
 
 def training_step(
@@ -111,12 +111,15 @@ def training_step(
     """
     optimizer.zero_grad()
     nats, tokens, after = backward(network, batch, state, device=device, precision=precision, accumulation=accumulation)
-    parameters = list(optimizer.names.values())
-    norm = float(torch.nn.utils.clip_grad_norm_(parameters, math.inf if clip is None else clip))
-    if math.isfinite(nats) and math.isfinite(norm):
+    parameters = [parameter for parameter in optimizer.names.values() if parameter.grad is not None]
+    length = torch.nn.utils.get_total_norm([parameter.grad for parameter in parameters])
+    loss, norm = torch.stack([nats, length.double()]).tolist()  # the one place that waits for the device
+    if math.isfinite(loss) and math.isfinite(norm):
+        if clip is not None and norm > clip:
+            torch.nn.utils.clip_grads_with_norm_(parameters, clip, length)
         optimizer.set_learning_rate(lr)
         optimizer.step()
-    return StepResult(nats, tokens, norm, after)
+    return StepResult(loss, tokens, norm, after)
 
 
 def enter(network: Network, rows: NetworkState, batch: Batch) -> NetworkState:
