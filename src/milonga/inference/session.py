@@ -12,7 +12,7 @@ from torch import Tensor
 
 from milonga.data.text import ByteCodec, Text, Utf8Stream
 from milonga.errors import UserError
-from milonga.inference.sampling import Sampler
+from milonga.inference.sampling import Sampler, Sampling
 from milonga.inference.session_file import SavedSession, read_session, write_session
 from milonga.models.network import LogitsOf, Network, NetworkState
 from milonga.state import clone
@@ -114,7 +114,7 @@ class Session:
         Raises:
             UserError: if an argument is out of range (at once), or the model predicts NaN.
         """
-        return self._texts(_count(n), Sampler(temperature, top_k, top_p, seed))
+        return self._texts(_count(n), self._sampler(temperature, top_k, top_p, seed))
 
     def generate_bytes(
         self,
@@ -126,7 +126,7 @@ class Session:
         seed: int | None = 0,
     ) -> Generator[bytes, None, None]:
         """As `generate`, but exactly `n` pieces of one byte each, whether they are UTF-8 or not."""
-        return self._bytes(_count(n), Sampler(temperature, top_k, top_p, seed))
+        return self._bytes(_count(n), self._sampler(temperature, top_k, top_p, seed))
 
     def fork(self) -> "Session":
         """A second session at the same place. The two share no memory; neither notices the other."""
@@ -195,6 +195,10 @@ class Session:
         behind, _ = self._read(ids, "all")
         with torch.inference_mode():
             return _bits(torch.cat([first, behind[:-1]]), torch.from_numpy(ids.astype(np.int64)).to(self._device))
+
+    def _sampler(self, temperature: float, top_k: int | None, top_p: float | None, seed: int | None) -> Sampler:
+        settings = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
+        return Sampler(settings, position=self.position)
 
     def _write(self, sampler: Sampler) -> tuple[int, str]:
         """Draw one byte and read it: -> (the byte, the text that it completes)."""
