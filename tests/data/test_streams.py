@@ -97,4 +97,4 @@ def test_a_damaged_tar_is_noticed():
 
 def test_a_missing_library_is_named_with_its_extra():
     with pytest.raises(UserError, match=r"reading a.parquet needs nowhere: pip install 'milonga\[parquet\]'"):
-        optional_module("nowhere.at.all", "parquet", "a.parquet")
+        optional_module("nowhere.at.all", "parquet", "data: reading a.parquet")

@@ -226,8 +226,8 @@ def _json_text(line: bytes, where: str, field: str) -> bytes:
 
 def _parquet(source: Source, reading: Reading) -> Iterator[Document]:
     path, field = str(source.path), reading.text_field
-    parquet = optional_module("pyarrow.parquet", "parquet", path)
-    arrow = optional_module("pyarrow", "parquet", path)
+    parquet = optional_module("pyarrow.parquet", "parquet", f"data: reading {path}")
+    arrow = optional_module("pyarrow", "parquet", f"data: reading {path}")
     try:
         with parquet.ParquetFile(source.path) as file:
             schema = file.schema_arrow

@@ -44,14 +44,19 @@ def split_suffix(name: str) -> tuple[str, str]:
     return Path(lower.removesuffix(compression)).suffix, compression
 
 
-def optional_module(module: str, extra: str, path: str) -> ModuleType:
-    """A library that only one file format needs, imported when such a file is met.
+def optional_module(module: str, extra: str, purpose: str) -> ModuleType:
+    """A library that only few need, imported when it is.
+
+    Args:
+        module: its name.
+        extra: of this package, which installs it.
+        purpose: what needs it, as the beginning of the error.
 
     Raises:
         UserError: if it is not installed, with the command that installs it.
     """
     if importlib.util.find_spec(module.partition(".")[0]) is None:
-        raise UserError(f"data: reading {path} needs {module.partition('.')[0]}: pip install 'milonga[{extra}]'")
+        raise UserError(f"{purpose} needs {module.partition('.')[0]}: pip install 'milonga[{extra}]'")
     return importlib.import_module(module)
 
 
@@ -118,7 +123,7 @@ def decompressed(source: ByteStream, compression: str, path: str) -> ByteStream:
     if compression == ".xz":
         return LZMAFile(file)
     if compression == ".zst":
-        return io.BufferedReader(ZstdFile(file, optional_module("zstandard", "zst", path)), _CHUNK)
+        return io.BufferedReader(ZstdFile(file, optional_module("zstandard", "zst", f"data: reading {path}")), _CHUNK)
     return source
 
 
