@@ -24,7 +24,7 @@ OPS = (
 )
 BACKENDS = ("auto", "reference", "cpu", "triton")
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-TRITON_OPS: tuple[str, ...] = ("selective_scan",)
+TRITON_OPS: tuple[str, ...] = ("selective_scan", "decode_step")
 
 
 # Whether each can be imported, found without importing it.
@@ -67,8 +67,8 @@ def choice(op: str, backend: str, device: str, dtype: torch.dtype) -> str:
     return backend
 
 
-def direct(x: torch.Tensor) -> bool:
-    """Whether an op may call its CPU kernel itself: nothing is differentiated or traced.
+def direct(x: torch.Tensor, backend: str = "cpu") -> bool:
+    """Whether an op may call its kernel of `backend` (`cpu` or `triton`) itself: nothing is differentiated or traced.
 
     A PyTorch operator around the kernel would then only cost time, 7 to 10 us a call, which shows in decoding.
     """
@@ -76,7 +76,7 @@ def direct(x: torch.Tensor) -> bool:
         not torch.is_grad_enabled()
         and not torch.compiler.is_compiling()
         and type(x) is torch.Tensor
-        and x.device.type == "cpu"
+        and x.device.type == ("cuda" if backend == "triton" else "cpu")
     )
 
 

@@ -1,0 +1,166 @@
+"""One decoded step: few rows, one token each, states advanced in place, nothing differentiated.
+
+A step reads every weight once, so its floor is the time to read them; what it costs beyond that are the waits between
+kernels. These functions are the layers' steps in as few kernels as depend on each other, each with what comes before
+and after it: the norm, the residual, the convolution, the gate. Captured decoding runs on them.
+"""
+
+import torch
+from torch import Tensor
+
+from milonga.ops.backend import choice, kernels, refusal
+from milonga.ops.decode_step.reference import (
+    MambaWeights,
+    Norm,
+    ReplayInputs,
+    linear_step_reference,
+    mamba_replay_reference,
+    mamba_step_reference,
+    ring_write_reference,
+    swiglu_step_reference,
+)
+
+# Bound of the relative RMS error of outputs and states against the float64 reference, fp32 inputs.
+ERROR_BOUND = 2e-6
+
+
+def has_step_kernels(x: Tensor) -> bool:
+    """Whether steps of rows like `x` have kernels of their own: on a GPU, when nothing is differentiated."""
+    return not torch.is_grad_enabled() and refusal("decode_step", "triton", x.device.type, x.dtype) is None
+
+
+def _triton(x: Tensor, backend: str) -> bool:
+    if backend == "auto":
+        return refusal("decode_step", "triton", x.device.type, x.dtype) is None
+    return choice("decode_step", backend, x.device.type, x.dtype) == "triton"
+
+
+def _expect_rows(x: Tensor, width: int, what: str) -> None:
+    if x.ndim != 2 or x.shape[1] != width or x.shape[0] < 1:
+        raise ValueError(f"decode_step: x must be [B, {width}] with B at least 1 for {what}, got {list(x.shape)}")
+
+
+def linear_step(
+    x: Tensor,
+    weight: Tensor,
+    *,
+    norm: Norm | None = None,
+    residual: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """`norm(x) @ weight^T + residual` of a few rows.
+
+    On a GPU a row's result does not depend on the other rows, nor, up to 16 rows, on how many there are.
+
+    Args:
+        x: `[B D]`, float32, bfloat16, float16 (float64 in the reference).
+        weight: `[F D]`, dtype of x, contiguous.
+        norm: over D; none if absent.
+        residual: `[B F]`, dtype of x.
+        dtype: of the result; that of x if absent.
+        backend: `auto`, `reference` or `triton`.
+
+    Returns:
+        `[B F]`. Sums at least fp32; relative RMS error against float64 with fp32 inputs at most `ERROR_BOUND`.
+
+    Raises:
+        ValueError: if the shapes do not fit, or the backend cannot run here.
+    """
+    _expect_rows(x, weight.shape[1], "this weight")
+    run = kernels("decode_step", "triton").linear_step if _triton(x, backend) else linear_step_reference
+    return run(x, weight, norm, residual, dtype or x.dtype)
+
+
+def swiglu_step(x: Tensor, norm: Norm, gate_up: Tensor, down: Tensor, *, backend: str = "auto") -> Tensor:
+    """`x + down(silu(gate) * up)` with gate and up from `norm(x)`: x `[B D]`, gate_up `[2H D]`, down `[D H]`.
+
+    Raises:
+        ValueError: if the shapes do not fit, or the backend cannot run here.
+    """
+    _expect_rows(x, gate_up.shape[1], "gate_up")
+    run = kernels("decode_step", "triton").swiglu_step if _triton(x, backend) else swiglu_step_reference
+    return run(x, norm, gate_up, down)
+
+
+def mamba_step_(
+    x: Tensor, norm: Norm, weights: MambaWeights, conv: Tensor, ssm: Tensor, *, backend: str = "auto"
+) -> Tensor:
+    """One step of a Mamba layer behind its norm, with the residual: -> `x + mamba(norm(x))`, states in place.
+
+    Args:
+        x: `[B D]`.
+        norm: over D.
+        weights: the layer's; E a multiple of 16 on a GPU.
+        conv: `[B W-1 E]`, dtype of x, contiguous: the columns before this step, then after it.
+        ssm: `[B E N]`, fp32, contiguous: likewise.
+        backend: `auto`, `reference` or `triton`.
+
+    Raises:
+        ValueError: if the shapes do not fit, or the backend cannot run here.
+    """
+    inner, states = weights.A_log.shape
+    _expect_rows(x, weights.in_proj.shape[1], "in_proj")
+    if conv.shape != (x.shape[0], weights.conv_weight.shape[1] - 1, inner) or not conv.is_contiguous():
+        raise ValueError(f"decode_step: conv must be [B, W-1, E] and contiguous, got {list(conv.shape)}")
+    if ssm.shape != (x.shape[0], inner, states) or not ssm.is_contiguous():
+        raise ValueError(f"decode_step: ssm must be [B, E, N] and contiguous, got {list(ssm.shape)}")
+    triton = _triton(x, backend)
+    if triton and inner % 16:
+        raise ValueError(f"decode_step: the inner width must be a multiple of 16 on a GPU, got {inner}")
+    run = kernels("decode_step", "triton").mamba_step_ if triton else mamba_step_reference
+    return run(x, norm, weights, conv, ssm)
+
+
+def mamba_replay_(
+    inputs: ReplayInputs,
+    A_log: Tensor,
+    dt_bias: Tensor,
+    keep: Tensor,
+    conv: Tensor,
+    ssm: Tensor,
+    *,
+    backend: str = "auto",
+) -> None:
+    """Move the state of a Mamba layer on by the first `keep[b]` of T traced steps of each row, in place.
+
+    Args:
+        inputs: what the steps added, `[B T ...]`.
+        A_log, dt_bias: the layer's, fp32.
+        keep: int64 `[B]`, from 0 to T; on a GPU not checked.
+        conv, ssm: as in `mamba_step_`.
+        backend: `auto`, `reference` or `triton`.
+
+    Raises:
+        ValueError: if the backend cannot run here.
+    """
+    if _triton(inputs.x, backend):
+        kernels("decode_step", "triton").mamba_replay_(inputs, A_log, dt_bias, keep, conv, ssm)
+    else:
+        mamba_replay_reference(inputs, A_log, dt_bias, keep.tolist(), conv, ssm)
+
+
+def ring_write_(
+    k: Tensor, v: Tensor, ring_k: Tensor, ring_v: Tensor, position: Tensor, *, backend: str = "auto"
+) -> None:
+    """Write one step's keys and values `[B G K]` into slot `position mod P` of the rings `[B P G K]`; position + 1.
+
+    Raises:
+        ValueError: if the backend cannot run here.
+    """
+    run = kernels("decode_step", "triton").ring_write_ if _triton(k, backend) else ring_write_reference
+    run(k, v, ring_k, ring_v, position)
+
+
+__all__ = [
+    "ERROR_BOUND",
+    "MambaWeights",
+    "Norm",
+    "ReplayInputs",
+    "has_step_kernels",
+    "linear_step",
+    "mamba_replay_",
+    "mamba_step_",
+    "ring_write_",
+    "swiglu_step",
+]

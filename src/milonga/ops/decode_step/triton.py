@@ -1,0 +1,162 @@
+"""The decoded step on a GPU: the choice of tiles by shape alone, and launches."""
+
+from functools import cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from milonga.ops.decode_step import triton_kernels
+from milonga.ops.decode_step.reference import MambaWeights, Norm, ReplayInputs
+
+# Programs that one wave of a large GPU holds at least: what sums are split for.
+_WAVE = 132
+# Channels of a program that steps the recurrence.
+_CHANNELS = 32
+
+
+class Tile(NamedTuple):
+    """Features and summed width of a program's turn, its warps, and the turns whose loads are in flight together."""
+
+    features: int
+    width: int
+    warps: int
+    stages: int
+
+
+@cache
+def dependent_launch(index: int) -> bool:
+    """Whether that GPU can start a kernel before the one before it is complete (compute capability 9.0 on)."""
+    return torch.cuda.is_available() and torch.cuda.get_device_capability(index)[0] >= 9
+
+
+def _pdl(x: Tensor) -> dict[str, bool]:
+    """The launch options of programmatic dependent launch, where there is such a thing."""
+    return {"PDL": True, "launch_pdl": True} if x.is_cuda and dependent_launch(x.device.index or 0) else {"PDL": False}
+
+
+def tile(features: int, width: int, element: int) -> Tile:
+    """The tile of a product with a weight `[features, width]`. It does not depend on the batch, nor on a measurement.
+
+    Measured on an H100 (docs/performance.md).
+    """
+    deep = 256 if width >= 256 and element <= 2 else 128 if width >= 128 else max(16, 1 << (width - 1).bit_length())
+    deep = min(deep, 128) if element > 2 else deep
+    if features >= 4 * _WAVE * 16:
+        return Tile(32, min(deep, 128), 4, 4)
+    return Tile(16, deep, 4, 4)
+
+
+def _power(n: int) -> int:
+    return 1 << (max(n, 1) - 1).bit_length()
+
+
+def _product(
+    x: Tensor,
+    weight: Tensor,
+    out: Tensor,
+    features: int,
+    shape: Tile,
+    *,
+    span: int | None = None,
+    residual: Tensor | None = None,
+    conv: tuple[Tensor, Tensor, Tensor] | None = None,
+    gated: bool = False,
+) -> None:
+    """Launch `skinny`."""
+    batch, width = x.shape
+    assert x.stride(1) == 1 and weight.is_contiguous()
+    span = width if span is None else span
+    splits = -(-width // span)
+    rows = min(64, max(16, _power(batch)))
+    conv_weight, conv_bias, conv_state = conv or (weight, weight, weight)
+    grid = (-(-features // shape.features), splits, -(-batch // rows))
+    triton_kernels.skinny[grid](
+        x, weight, x if residual is None else residual, out, conv_weight, conv_bias, conv_state,
+        batch, features, width, span, x.stride(0), FB=shape.features, KB=shape.width, BB=rows,
+        LINES=min(32, _power(-(-span * weight.element_size() // 128))), W=conv_weight.shape[1] if conv else 1,
+        GATED=gated, CONV=conv is not None, RESIDUAL=residual is not None, SPLIT=splits > 1, PRECISION="ieee",
+        EVEN=span % shape.width == 0 and width % span == 0, num_warps=shape.warps, num_stages=shape.stages, **_pdl(x),
+    )  # fmt: skip
+
+
+def normalised(x: Tensor, norm: Norm) -> Tensor:
+    """`x [B D]` under the norm."""
+    out = torch.empty_like(x)
+    bias = norm.weight if norm.bias is None else norm.bias
+    triton_kernels.normalise[(x.shape[0],)](
+        x, norm.weight, bias, out, x.shape[1], norm.eps,
+        CENTRED=norm.bias is not None, BLOCK=_power(x.shape[1]), num_warps=4, **_pdl(x),
+    )  # fmt: skip
+    return out
+
+
+def linear_step(x: Tensor, weight: Tensor, norm: Norm | None, residual: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """As `milonga.ops.decode_step.linear_step`."""
+    x = x if norm is None else normalised(x, norm)
+    out = torch.empty(x.shape[0], weight.shape[0], dtype=dtype, device=x.device)
+    _product(x, weight, out, weight.shape[0], tile(*weight.shape, weight.element_size()), residual=residual)
+    return out
+
+
+def swiglu_step(x: Tensor, norm: Norm, gate_up: Tensor, down: Tensor) -> Tensor:
+    """As `milonga.ops.decode_step.swiglu_step`."""
+    hidden = down.shape[1]
+    between = torch.empty(x.shape[0], hidden, dtype=x.dtype, device=x.device)
+    _product(
+        normalised(x, norm), gate_up, between, hidden, tile(hidden, x.shape[1], x.element_size()), gated=True
+    )
+    return linear_step(between, down, None, x, x.dtype)
+
+
+def mamba_step_(x: Tensor, norm: Norm, weights: MambaWeights, conv: Tensor, ssm: Tensor) -> Tensor:
+    """As `milonga.ops.decode_step.mamba_step_`."""
+    batch, device = x.shape[0], x.device
+    inner, states = weights.A_log.shape
+    wide, rank = weights.x_proj.shape[0], weights.dt_proj.shape[1]
+    xz = torch.empty(batch, 2 * inner, dtype=x.dtype, device=device)
+    shape = tile(2 * inner, x.shape[1], x.element_size())
+    while inner % shape.features:  # a tile is convolved whole or not at all
+        shape = shape._replace(features=shape.features // 2)
+    _product(
+        normalised(x, norm), weights.in_proj, xz, 2 * inner, shape, conv=(weights.conv_weight, weights.conv_bias, conv)
+    )
+    shape = tile(wide, inner, x.element_size())
+    wanted = max(1, _WAVE // -(-wide // shape.features))
+    span = -(-inner // (wanted * shape.width)) * shape.width
+    splits = -(-inner // span)
+    low = torch.empty(splits, batch, wide, dtype=torch.float32, device=device)
+    _product(xz[:, :inner], weights.x_proj, low, wide, shape, span=span)
+    y = torch.empty(batch, inner, dtype=x.dtype, device=device)
+    rows = 1 if batch <= 2 else 4
+    triton_kernels.ssm_step[(-(-inner // _CHANNELS), -(-batch // rows))](
+        xz, low, weights.dt_proj, weights.dt_bias, weights.A_log, weights.D, ssm, y, batch, inner, rank, splits,
+        STATES=states, N=_power(states), RB=_power(rank), SB=_power(splits), CH=_CHANNELS, BB=rows, num_warps=4,
+        **_pdl(x),
+    )  # fmt: skip
+    return linear_step(y, weights.out_proj, None, x, x.dtype)
+
+
+def mamba_replay_(
+    inputs: ReplayInputs, A_log: Tensor, dt_bias: Tensor, keep: Tensor, conv: Tensor, ssm: Tensor
+) -> None:
+    """As `milonga.ops.decode_step.mamba_replay_`."""
+    columns, x, dt, into = (value if value.stride(-1) == 1 else value.contiguous() for value in inputs)
+    assert all(value.stride(0) == x.shape[1] * value.stride(1) for value in (x, dt, into))
+    batch, time, inner = x.shape
+    states = A_log.shape[1]
+    triton_kernels.replay[(-(-inner // _CHANNELS), batch)](
+        columns, x, dt, into, A_log, dt_bias, keep, conv, ssm, time, inner, columns.stride(0), columns.stride(1),
+        x.stride(1), dt.stride(1), into.stride(1),
+        STATES=states, N=_power(states), CH=_CHANNELS, W=conv.shape[1] + 1, num_warps=4,
+    )  # fmt: skip
+
+
+def ring_write_(k: Tensor, v: Tensor, ring_k: Tensor, ring_v: Tensor, position: Tensor) -> None:
+    """As `milonga.ops.decode_step.ring_write_`."""
+    k, v = (value if value[0].is_contiguous() else value.contiguous() for value in (k, v))
+    key, value = k[0].numel(), v[0].numel()
+    triton_kernels.ring_write[(k.shape[0],)](
+        k, v, ring_k, ring_v, position, ring_k.shape[1], k.stride(0), v.stride(0),
+        KW=key, VW=value, KB=_power(key), VB=_power(value), num_warps=4,
+    )  # fmt: skip

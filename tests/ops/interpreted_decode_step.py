@@ -1,0 +1,146 @@
+"""The Triton kernels of one decoded step under Triton's interpreter, on CPU tensors, against the float64 definition.
+
+Run by `test_triton_interpreted.py` in a process of its own: the interpreter must be chosen before Triton is imported.
+"""
+
+import pytest
+import torch
+from torch import Tensor
+from triton.runtime import interpreter
+
+from milonga.ops.decode_step import ERROR_BOUND, MambaWeights, Norm, ReplayInputs, reference, triton
+from tests.ops.helpers import relative_rms
+
+_patch_tensor = interpreter._patch_lang_tensor
+
+
+def _patch_tensor_for_numpy(tensor, scope) -> None:
+    """Triton 3.6 makes loop bounds with int(array), which NumPy 2.4 refuses for an array of one element."""
+    _patch_tensor(tensor, scope)
+    scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+
+interpreter._patch_lang_tensor = _patch_tensor_for_numpy
+
+
+def _with_boolean_mask(access, place: int):
+    """Triton 3.9 computes `a & b` of two masks in integers and then refuses the result as a mask."""
+
+    def call(builder, *arguments):
+        mask = arguments[place]
+        mask.data = mask.data.astype(bool)
+        return access(builder, *arguments)
+
+    return call
+
+
+_builder = interpreter.InterpreterBuilder
+_builder.create_masked_load = _with_boolean_mask(_builder.create_masked_load, 1)
+_builder.create_masked_store = _with_boolean_mask(_builder.create_masked_store, 2)
+
+
+def wide(value):
+    """The same in float64."""
+    if isinstance(value, tuple):
+        return type(value)(*(wide(part) for part in value))
+    return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
+
+
+def norm_of(width: int, centred: bool) -> Norm:
+    return Norm(torch.rand(width) + 0.5, torch.randn(width) if centred else None, 1e-5)
+
+
+def weights_of(width: int, inner: int, rank: int, states: int, taps: int) -> MambaWeights:
+    def matrix(rows: int, columns: int) -> Tensor:
+        return torch.randn(rows, columns) / columns**0.5
+
+    return MambaWeights(
+        matrix(2 * inner, width),
+        torch.randn(inner, taps),
+        torch.randn(inner),
+        matrix(rank + 2 * states, inner),
+        matrix(inner, rank),
+        torch.randn(inner, states),
+        torch.randn(inner),
+        torch.randn(inner) - 3,
+        matrix(width, inner),
+    )
+
+
+@pytest.mark.parametrize(
+    ("batch", "width", "features", "normed", "residual"),
+    [(1, 24, 33, None, True), (3, 200, 48, False, False), (17, 272, 16, True, True), (2, 512, 20, True, False)],
+)
+def test_linear(batch: int, width: int, features: int, normed: bool | None, residual: bool) -> None:
+    x, weight = torch.randn(batch, width), torch.randn(features, width)
+    norm = None if normed is None else norm_of(width, normed)
+    added = torch.randn(batch, features) if residual else None
+    got = triton.linear_step(x, weight, norm, added, torch.float32)
+    expected = reference.linear_step_reference(*(wide(value) for value in (x, weight, norm, added)), torch.float64)
+    assert relative_rms(got, expected) <= ERROR_BOUND
+
+
+@pytest.mark.parametrize(("batch", "width", "hidden"), [(1, 24, 40), (5, 130, 17)])
+def test_swiglu(batch: int, width: int, hidden: int) -> None:
+    values = (torch.randn(batch, width), norm_of(width, False), torch.randn(2 * hidden, width), torch.randn(width, hidden))
+    assert relative_rms(triton.swiglu_step(*values), reference.swiglu_step_reference(*map(wide, values))) <= ERROR_BOUND
+
+
+@pytest.mark.parametrize(
+    ("batch", "width", "inner", "rank", "states", "taps", "centred"),
+    [(1, 24, 48, 2, 16, 4, True), (3, 40, 80, 5, 3, 1, False), (6, 16, 32, 1, 4, 2, True), (17, 32, 64, 33, 8, 8, False)],
+)
+def test_mamba(batch: int, width: int, inner: int, rank: int, states: int, taps: int, centred: bool) -> None:
+    weights, norm = weights_of(width, inner, rank, states, taps), norm_of(width, centred)
+    conv, ssm = torch.randn(batch, taps - 1, inner), torch.randn(batch, inner, states)
+    exact_conv, exact_ssm = conv.double(), ssm.double()
+    for _ in range(2):
+        x = torch.randn(batch, width)
+        got = triton.mamba_step_(x, norm, weights, conv, ssm)
+        expected = reference.mamba_step_reference(wide(x), wide(norm), wide(weights), exact_conv, exact_ssm)
+        assert relative_rms(got, expected) <= ERROR_BOUND
+        assert relative_rms(ssm, exact_ssm) <= ERROR_BOUND
+        assert taps == 1 or relative_rms(conv, exact_conv) <= ERROR_BOUND
+
+
+def test_a_row_does_not_depend_on_the_others() -> None:
+    """Bit for bit: alone, at any place among others, and whatever those hold."""
+    weights, norm = weights_of(24, 48, 2, 16, 4), norm_of(24, True)
+    x, conv, ssm = torch.randn(9, 24), torch.randn(9, 3, 48), torch.randn(9, 48, 16)
+    x[4] = float("nan")
+    whole = triton.mamba_step_(x, norm, weights, conv_after := conv.clone(), ssm_after := ssm.clone())
+    for rows in ([0], [8, 0], [3, 2, 1, 0, 8]):
+        some_conv, some_ssm = conv[rows].clone(), ssm[rows].clone()
+        assert torch.equal(triton.mamba_step_(x[rows], norm, weights, some_conv, some_ssm), whole[rows])
+        assert torch.equal(some_conv, conv_after[rows]) and torch.equal(some_ssm, ssm_after[rows])
+    assert whole[4].isnan().all() and not whole[[0, 1, 2, 3, 5, 6, 7, 8]].isnan().any()
+
+
+@pytest.mark.parametrize(("time", "taps", "states"), [(5, 4, 16), (2, 8, 3), (3, 1, 4)])
+def test_replay(time: int, taps: int, states: int) -> None:
+    batch, inner = time + 1, 50
+    inputs = ReplayInputs(
+        torch.randn(batch, time, 2 * inner)[..., :inner],
+        torch.randn(batch, time, inner),
+        torch.randn(batch, time, inner) - 3,
+        torch.randn(batch, time, 7 + states)[..., 7:],
+    )
+    A_log, bias, keep = torch.randn(inner, states), torch.randn(inner), torch.arange(batch)
+    conv, ssm = torch.randn(batch, taps - 1, inner), torch.randn(batch, inner, states)
+    exact_conv, exact_ssm = conv.double(), ssm.double()
+    triton.mamba_replay_(inputs, A_log, bias, keep, conv, ssm)
+    reference.mamba_replay_reference(wide(inputs), wide(A_log), wide(bias), keep.tolist(), exact_conv, exact_ssm)
+    assert relative_rms(ssm, exact_ssm) <= ERROR_BOUND
+    assert torch.equal(conv.double(), exact_conv)
+
+
+@pytest.mark.parametrize("slots", [0, 1, 5])
+def test_ring(slots: int) -> None:
+    rings = torch.randn(2, 3, slots, 2, 5)
+    mine, theirs = rings.clone(), rings.clone()
+    position, other = torch.tensor([0, 4, 2**31 + 3]), torch.tensor([0, 4, 2**31 + 3])
+    for _ in range(3):
+        k, v = torch.randn(2, 3, 2, 5)
+        triton.ring_write_(k, v, mine[0], mine[1], position)
+        reference.ring_write_reference(k, v, theirs[0], theirs[1], other)
+    assert torch.equal(mine, theirs) and torch.equal(position, other)
