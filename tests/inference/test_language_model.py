@@ -4,6 +4,8 @@ import pytest
 import torch
 
 import milonga
+from milonga.data.bpe import TOKENIZER, BpeCodec
+from milonga.data.bpe_training import train_bpe
 from milonga.errors import UserError
 from milonga.inference import LanguageModel
 from milonga.models.pretrained import fingerprint, save_weights
@@ -56,3 +58,36 @@ def test_a_vocabulary_that_is_not_bytes_is_refused(tmp_path):
         milonga.load(tmp_path)
     with pytest.raises(UserError, match="300 tokens"):
         LanguageModel(SAMBA.replace(vocab_size=300).build())
+
+
+TEXT = b"low lower lowest, new newer newest; wide wider widest. " * 3
+
+
+def subword_run(folder, codec: BpeCodec) -> None:
+    facts = {"codec": codec.name, "tokenizer": codec.digest}
+    save_weights(SAMBA.replace(vocab_size=codec.vocab_size).build(), folder / "model.safetensors", facts)
+    codec.save(folder / TOKENIZER)
+
+
+def test_a_model_of_subwords_comes_with_its_tokenizer(tmp_path):
+    codec = train_bpe([[TEXT]], 270)
+    subword_run(tmp_path, codec)
+    lm = milonga.load(tmp_path)
+    assert lm.codec == codec
+    assert lm.codec.decode(lm.codec.encode(TEXT)) == TEXT
+    assert milonga.load(tmp_path / "model.safetensors").codec == codec
+    with pytest.raises(UserError, match=r"has 270 tokens, that of its text codec \(bytes\) 256"):
+        LanguageModel(lm.network)
+
+
+def test_a_missing_or_another_tokenizer_is_refused(tmp_path):
+    subword_run(tmp_path, train_bpe([[TEXT]], 270))
+    (tmp_path / TOKENIZER).unlink()
+    with pytest.raises(UserError, match=r"tokenizer.json does not lie beside it"):
+        milonga.load(tmp_path)
+    train_bpe([[TEXT[::-1]]], 270).save(tmp_path / TOKENIZER)
+    with pytest.raises(UserError, match="not the tokenizer that the model beside it was trained with"):
+        milonga.load(tmp_path)
+    save_weights(SAMBA.build(), tmp_path / "model.safetensors", {"codec": "unigram"})
+    with pytest.raises(UserError, match="text codec 'unigram' is not known"):
+        milonga.load(tmp_path)

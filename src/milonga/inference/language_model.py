@@ -6,7 +6,8 @@ from pathlib import Path
 
 import torch
 
-from milonga.data.text import ByteCodec
+from milonga.data.bpe import TOKENIZER, load_tokenizer
+from milonga.data.text import ByteCodec, TextCodec
 from milonga.errors import UserError
 from milonga.inference.session import Session
 from milonga.models.network import Network
@@ -18,7 +19,7 @@ class LanguageModel:
 
     Args:
         network: put into eval mode; weights are not to be changed while sessions live.
-        codec: its vocabulary must be the network's.
+        codec: its vocabulary must be the network's; None for bytes.
         facts: what the weight file says beside the weights, all strings.
         path: the weight file; None for a network that never was in one.
 
@@ -29,18 +30,18 @@ class LanguageModel:
     def __init__(
         self,
         network: Network,
-        codec: ByteCodec | None = None,
+        codec: TextCodec | None = None,
         facts: Mapping[str, str] | None = None,
         path: Path | None = None,
     ):
         self.network = network.eval()
-        self.codec = codec or ByteCodec()
+        self.codec: TextCodec = codec or ByteCodec()
         self.facts = dict(facts or {})
         self.path = path
         if network.config.vocab_size != self.codec.vocab_size:
             raise UserError(
-                f"{path or 'model'}: its vocabulary has {network.config.vocab_size} tokens, but only models of bytes "
-                f"(vocab_size {self.codec.vocab_size}) can read text so far"
+                f"{path or 'model'}: its vocabulary has {network.config.vocab_size} tokens, that of its text codec "
+                f"({self.codec.name}) {self.codec.vocab_size}: text can only be read with the codec it was trained with"
             )
 
     @property
@@ -101,4 +102,24 @@ def load(path: str | Path, *, device: str | torch.device | None = None) -> Langu
     weights = run_checkpoint(path)
     network, header = load_weights(weights, device=where)
     facts = {key: value for key, value in header.items() if key not in ("format", "config")}
-    return LanguageModel(network, ByteCodec(), facts, weights)
+    return LanguageModel(network, _codec(weights, header), facts, weights)
+
+
+def _codec(weights: Path, header: Mapping[str, str]) -> TextCodec:
+    """The codec that a weight file's header names: bytes, or the tokenizer that lies beside the file.
+
+    Raises:
+        UserError: if that is missing, damaged or another one, or of a kind that is not known.
+    """
+    name = header.get("codec", ByteCodec.name)
+    if name == ByteCodec.name:
+        return ByteCodec()
+    if name != "bpe":
+        raise UserError(f"{weights}: its text codec '{name}' is not known here; upgrade milonga")
+    path = weights.with_name(TOKENIZER)
+    if not path.is_file():
+        raise UserError(f"{weights}: reads subwords, and its {TOKENIZER} does not lie beside it: put it back")
+    codec = load_tokenizer(path)
+    if codec.digest != header.get("tokenizer"):
+        raise UserError(f"{path}: not the tokenizer that the model beside it was trained with: put that one back")
+    return codec
