@@ -82,13 +82,23 @@ def test_linear(batch: int, width: int, features: int, normed: bool | None, resi
 
 @pytest.mark.parametrize(("batch", "width", "hidden"), [(1, 24, 40), (5, 130, 17)])
 def test_swiglu(batch: int, width: int, hidden: int) -> None:
-    values = (torch.randn(batch, width), norm_of(width, False), torch.randn(2 * hidden, width), torch.randn(width, hidden))
+    values = (
+        torch.randn(batch, width),
+        norm_of(width, False),
+        torch.randn(2 * hidden, width),
+        torch.randn(width, hidden),
+    )
     assert relative_rms(triton.swiglu_step(*values), reference.swiglu_step_reference(*map(wide, values))) <= ERROR_BOUND
 
 
 @pytest.mark.parametrize(
     ("batch", "width", "inner", "rank", "states", "taps", "centred"),
-    [(1, 24, 48, 2, 16, 4, True), (3, 40, 80, 5, 3, 1, False), (6, 16, 32, 1, 4, 2, True), (17, 32, 64, 33, 8, 8, False)],
+    [
+        (1, 24, 48, 2, 16, 4, True),
+        (3, 40, 80, 5, 3, 1, False),
+        (6, 16, 32, 1, 4, 2, True),
+        (17, 32, 64, 33, 8, 8, False),
+    ],
 )
 def test_mamba(batch: int, width: int, inner: int, rank: int, states: int, taps: int, centred: bool) -> None:
     weights, norm = weights_of(width, inner, rank, states, taps), norm_of(width, centred)

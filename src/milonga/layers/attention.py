@@ -19,8 +19,10 @@ from milonga.layers.base import (
     write_,
 )
 from milonga.layers.linear import Linear
+from milonga.layers.norm import norm_of
 from milonga.layers.recompute import cheap
 from milonga.ops.causal_conv import causal_conv
+from milonga.ops.decode_step import has_step_kernels, linear_step, ring_write_
 from milonga.ops.rotary import rotary
 from milonga.ops.window_attention import window_attention
 from milonga.segments import Segments, sequence_bounds, sequence_count
@@ -213,6 +215,23 @@ class Attention(Layer):
             _write_ring_(ring, new, state.position, kept)
         last_columns_(state.conv, trace.columns, kept)
         state.position.add_(kept)
+
+    def step_(self, x: Float[Tensor, "B 1 D"], state: AttentionState, norm: nn.Module) -> Float[Tensor, "B 1 D"]:
+        """As `Layer.step_`; on a GPU with the products of `linear_step`, and one slot written by `ring_write_`."""
+        before = norm_of(norm)
+        if before is None or self.config.short_conv or not has_step_kernels(x):
+            return super().step_(x, state, norm)
+        rows = x[:, 0]
+        heads = linear_step(rows, self.qkv_proj.weight, norm=before).view(x.shape[0], 1, -1, self.width)
+        qk, v = heads.split([self.heads + self.groups, self.groups], dim=2)
+        if self.config.rope_base is not None:
+            qk = rotary(qk, state.position[:, None], base=self.config.rope_base)
+        q, k = qk.split([self.heads, self.groups], dim=2)
+        y = window_attention(
+            q, k, v, window=self.config.window, past_k=state.k, past_v=state.v, position=state.position
+        )
+        ring_write_(k[:, 0], v[:, 0], state.k, state.v, state.position)
+        return linear_step(y.reshape(x.shape[0], -1), self.out_proj.weight, residual=rows)[:, None]
 
     def resized(self, state: AttentionState, capacity: int) -> AttentionState:
         """As `Layer.resized`. No key may be lost: `capacity` is at least the largest position."""

@@ -10,8 +10,10 @@ from torch import Tensor, nn
 
 from milonga.layers.base import Keep, KeepFp32, Layer, LayerConfig, keep_per_sequence, kept_steps, last_columns
 from milonga.layers.linear import Linear
+from milonga.layers.norm import norm_of
 from milonga.layers.recompute import cheap
 from milonga.ops.causal_conv import causal_conv
+from milonga.ops.decode_step import MambaWeights, ReplayInputs, has_step_kernels, mamba_replay_, mamba_step_
 from milonga.ops.selective_scan import selective_scan
 from milonga.segments import Segments, sequence_bounds, sequence_count
 
@@ -162,6 +164,27 @@ class Mamba(Layer):
         A = -torch.exp(self.scan.A_log)
         _, ssm = selective_scan(x, dt, A, B, B, dt_bias=self.scan.dt_bias, initial=state.ssm, segments=packed)
         return MambaState(last_columns(state.conv, trace.columns, steps, trace.segments), ssm)
+
+    def commit_(self, state: MambaState, trace: MambaTrace, keep: Keep | None = None) -> None:
+        """As `Layer.commit_`. A `keep` on a GPU is replayed there, row by row in one kernel, without waiting."""
+        if isinstance(keep, Tensor) and keep.device.type != "cpu" and trace.segments is None:
+            inputs = ReplayInputs(trace.columns, trace.x, trace.dt, trace.B)
+            rows = keep.to(torch.int64).expand(trace.x.shape[0])
+            mamba_replay_(inputs, self.scan.A_log, self.scan.dt_bias, rows, state.conv, state.ssm)
+        else:
+            super().commit_(state, trace, keep)
+
+    def step_(self, x: Float[Tensor, "B 1 D"], state: MambaState, norm: nn.Module) -> Float[Tensor, "B 1 D"]:
+        """As `Layer.step_`; on a GPU the five kernels of `mamba_step_`."""
+        before = norm_of(norm)
+        if before is None or self.inner % 16 or not has_step_kernels(x):
+            return super().step_(x, state, norm)
+        scan = self.scan
+        weights = MambaWeights(
+            self.in_proj.weight, self.conv_weight, self.conv_bias, self.x_proj.weight, self.dt_proj.weight,
+            scan.A_log, scan.D, scan.dt_bias, self.out_proj.weight,
+        )  # fmt: skip
+        return mamba_step_(x[:, 0], before, weights, state.conv, state.ssm)[:, None]
 
     def init_state(
         self, batch: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None

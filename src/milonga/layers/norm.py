@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from milonga.layers.base import KeepFp32
+from milonga.ops.decode_step import Norm
 from milonga.ops.rms_norm import rms_norm
 
 NormKind = Literal["rms_norm", "layer_norm"]
@@ -55,6 +56,15 @@ class LayerNorm(KeepFp32):
         wide = x.to(self.weight.dtype)
         y = F.layer_norm(wide, self.weight.shape, self.weight, self.bias, self.eps).to(_wanted(x))
         return y if branch is None else (y, x)
+
+
+def norm_of(module: nn.Module) -> Norm | None:
+    """The norm as the kernels of a decoded step take it; None for a module that is no norm of this library."""
+    if isinstance(module, RMSNorm):
+        return Norm(module.weight, None, module.eps)
+    if isinstance(module, LayerNorm):
+        return Norm(module.weight, module.bias, module.eps)
+    return None
 
 
 def build_norm(kind: NormKind, width: int, eps: float) -> RMSNorm | LayerNorm:

@@ -5,11 +5,13 @@ from typing import Literal, NamedTuple
 import torch
 from jaxtyping import Float
 from pydantic import PositiveInt
-from torch import Tensor
+from torch import Tensor, nn
 
 from milonga.layers.base import Keep, Layer, LayerConfig
 from milonga.layers.linear import Linear
+from milonga.layers.norm import norm_of
 from milonga.layers.recompute import cheap
+from milonga.ops.decode_step import has_step_kernels, swiglu_step
 from milonga.ops.swiglu import swiglu
 from milonga.segments import Segments
 
@@ -65,6 +67,13 @@ class SwiGLU(Layer):
     def commit(self, state: NoState | None, trace: NoState, keep: Keep | None = None) -> NoState:
         """As `Layer.commit`: always the empty state."""
         return NoState()
+
+    def step_(self, x: Float[Tensor, "B 1 D"], state: NoState, norm: nn.Module) -> Float[Tensor, "B 1 D"]:
+        """As `Layer.step_`; on a GPU the three kernels of `swiglu_step`."""
+        before = norm_of(norm)
+        if before is None or not has_step_kernels(x):
+            return super().step_(x, state, norm)
+        return swiglu_step(x[:, 0], before, self.gate_up.weight, self.down.weight)[:, None]
 
     def init_state(
         self, batch: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None

@@ -91,7 +91,9 @@ def mamba_replay_reference(
         h = ssm[row].clone()
         for t in range(steps):
             delta = F.softplus(inputs.dt[row, t].to(wide) + dt_bias.to(wide))
-            h = torch.exp(delta[:, None] * A) * h + (delta * inputs.x[row, t].to(wide))[:, None] * inputs.B[row, t].to(wide)
+            h = torch.exp(delta[:, None] * A) * h + (delta * inputs.x[row, t].to(wide))[:, None] * inputs.B[row, t].to(
+                wide
+            )
         ssm[row] = h
         columns = torch.cat([conv[row], inputs.columns[row, :steps].to(conv.dtype)])
         conv[row] = columns[columns.shape[0] - conv.shape[1] :]

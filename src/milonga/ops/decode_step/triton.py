@@ -103,9 +103,7 @@ def swiglu_step(x: Tensor, norm: Norm, gate_up: Tensor, down: Tensor) -> Tensor:
     """As `milonga.ops.decode_step.swiglu_step`."""
     hidden = down.shape[1]
     between = torch.empty(x.shape[0], hidden, dtype=x.dtype, device=x.device)
-    _product(
-        normalised(x, norm), gate_up, between, hidden, tile(hidden, x.shape[1], x.element_size()), gated=True
-    )
+    _product(normalised(x, norm), gate_up, between, hidden, tile(hidden, x.shape[1], x.element_size()), gated=True)
     return linear_step(between, down, None, x, x.dtype)
 
 

@@ -1,8 +1,8 @@
 """Triton kernels of one decoded step: few rows, every weight read once, so the time is that of the weights' bytes.
 
-A step is a chain of short kernels, each waiting for the one before. With PDL (programmatic dependent launch) a kernel is
-already resident while the one before it runs: it brings the weights that it will need into the L2 cache, which depend
-on nothing, and only then waits for its input. Every kernel lets its successor start at once (`gdc_launch_dependents`)
+A step is a chain of short kernels, each waiting for the one before. With PDL (programmatic dependent launch) a kernel
+is already resident while the one before it runs: it brings the weights that it will need into the L2 cache, which
+depend on nothing, and only then waits for its input. Every kernel lets its successor start at once (`gdc_launch_dependents`)
 and touches memory that others write only after `gdc_wait`, which returns when the kernel before is complete, and so all
 before that.
 
@@ -26,7 +26,12 @@ def silu(v):
 def prefetch(pointers):
     """Ask for the cache lines of these addresses to be brought into L2; nothing waits for them."""
     tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [pointers.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1
+        "prefetch.global.L2 [$1]; mov.u32 $0, 0;",
+        "=r,l",
+        [pointers.to(tl.int64)],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
     )
 
 
@@ -202,7 +207,7 @@ def replay(
     a = -tl.exp2(tl.load(A_log + e[:, None] * STATES + n[None, :], mask=here, other=0.0) * LOG2_E) * LOG2_E
     bias = tl.load(dt_bias + e, mask=live, other=0.0)
     h = tl.load(state + tile, mask=here, other=0.0)
-    for t in range(0, steps):
+    for t in range(steps):
         row = b * T + t
         delta = step_size(tl.load(dt + row * dt_step + e, mask=live, other=0.0), bias, live)
         u = tl.load(x + row * x_step + e, mask=live, other=0.0).to(tl.float32)
