@@ -24,7 +24,7 @@ OPS = (
 )
 BACKENDS = ("auto", "reference", "cpu", "triton")
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-TRITON_OPS: tuple[str, ...] = ("selective_scan", "decode_step")
+TRITON_OPS: tuple[str, ...] = ("selective_scan", "decode_step", "causal_conv", "rms_norm", "swiglu", "rotary", "window_attention", "linear_cross_entropy")
 
 
 # Whether each can be imported, found without importing it.

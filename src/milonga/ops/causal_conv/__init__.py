@@ -52,10 +52,11 @@ def causal_conv(
     Source: the convolution of Gu and Dao, "Mamba: Linear-Time Sequence Modeling with Selective State Spaces" (2023).
     """
     _check(x, weight, bias, activation, initial, segments)
-    if choice("causal_conv", backend, x.device.type, x.dtype) == "reference":
+    chosen = choice("causal_conv", backend, x.device.type, x.dtype)
+    if chosen == "reference":
         return causal_conv_reference(x, weight, bias, activation, initial, segments)
     offsets = None if segments is None else segments.on(x.device)
-    run = kernels("causal_conv", "cpu").forward if direct(x) else causal_conv_op
+    run = kernels("causal_conv", chosen).forward if direct(x, chosen) else causal_conv_op
     return run(x, weight, bias, initial, offsets, activation == "silu")
 
 

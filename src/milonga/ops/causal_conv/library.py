@@ -14,6 +14,13 @@ def causal_conv_op(
     return kernels("causal_conv", "cpu").forward(x, weight, bias, initial, offsets, silu)
 
 
+@causal_conv_op.register_kernel("cuda")
+def _(
+    x: Tensor, weight: Tensor, bias: Tensor | None, initial: Tensor | None, offsets: Tensor | None, silu: bool
+) -> tuple[Tensor, Tensor]:
+    return kernels("causal_conv", "triton").forward(x, weight, bias, initial, offsets, silu)
+
+
 @causal_conv_op.register_fake
 def _(
     x: Tensor, weight: Tensor, bias: Tensor | None, initial: Tensor | None, offsets: Tensor | None, silu: bool
@@ -36,6 +43,20 @@ def causal_conv_backward_op(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """-> gradients of x, weight, bias and initial; empty where the argument was absent."""
     return kernels("causal_conv", "cpu").backward(grad_y, grad_final, x, weight, bias, initial, offsets, silu)
+
+
+@causal_conv_backward_op.register_kernel("cuda")
+def _(
+    grad_y: Tensor | None,
+    grad_final: Tensor | None,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    initial: Tensor | None,
+    offsets: Tensor | None,
+    silu: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return kernels("causal_conv", "triton").backward(grad_y, grad_final, x, weight, bias, initial, offsets, silu)
 
 
 @causal_conv_backward_op.register_fake

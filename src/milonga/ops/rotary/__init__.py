@@ -45,9 +45,10 @@ def rotary(x: Tensor, positions: Tensor, *, base: float = 10000.0, backend: str 
         )
     if not base > 0:
         raise ValueError(f"rotary: base must be positive, got {base}")
-    if choice("rotary", backend, x.device.type, x.dtype) == "reference":
+    chosen = choice("rotary", backend, x.device.type, x.dtype)
+    if chosen == "reference":
         return rotary_reference(x, positions, base)
-    run = kernels("rotary", "cpu").rotate if direct(x) else rotary_op
+    run = kernels("rotary", chosen).rotate if direct(x, chosen) else rotary_op
     return run(x, positions, base, 1.0)
 
 

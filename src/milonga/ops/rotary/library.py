@@ -14,6 +14,11 @@ def rotary_op(x: Tensor, positions: Tensor, base: float, sign: float) -> Tensor:
     return kernels("rotary", "cpu").rotate(x, positions, base, sign)
 
 
+@rotary_op.register_kernel("cuda")
+def _(x: Tensor, positions: Tensor, base: float, sign: float) -> Tensor:
+    return kernels("rotary", "triton").rotate(x, positions, base, sign)
+
+
 @rotary_op.register_fake
 def _(x: Tensor, positions: Tensor, base: float, sign: float) -> Tensor:
     return x.new_empty(x.shape)

@@ -31,9 +31,10 @@ def swiglu(gate: Tensor, up: Tensor, *, backend: str = "auto") -> Tensor:
         raise ValueError(
             f"swiglu: up must be like gate, expected {gate.dtype} {list(gate.shape)}, got {up.dtype} {list(up.shape)}"
         )
-    if choice("swiglu", backend, gate.device.type, gate.dtype) == "reference":
+    chosen = choice("swiglu", backend, gate.device.type, gate.dtype)
+    if chosen == "reference":
         return swiglu_reference(gate, up)
-    run = kernels("swiglu", "cpu").forward if direct(gate) else swiglu_op
+    run = kernels("swiglu", chosen).forward if direct(gate, chosen) else swiglu_op
     return run(gate, up)
 
 

@@ -14,6 +14,11 @@ def swiglu_op(gate: Tensor, up: Tensor) -> Tensor:
     return kernels("swiglu", "cpu").forward(gate, up)
 
 
+@swiglu_op.register_kernel("cuda")
+def _(gate: Tensor, up: Tensor) -> Tensor:
+    return kernels("swiglu", "triton").forward(gate, up)
+
+
 @swiglu_op.register_fake
 def _(gate: Tensor, up: Tensor) -> Tensor:
     return gate.new_empty(gate.shape)
@@ -23,6 +28,11 @@ def _(gate: Tensor, up: Tensor) -> Tensor:
 def swiglu_backward_op(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     """-> gradients of gate and up, contiguous."""
     return kernels("swiglu", "cpu").backward(grad, gate, up)
+
+
+@swiglu_backward_op.register_kernel("cuda")
+def _(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    return kernels("swiglu", "triton").backward(grad, gate, up)
 
 
 @swiglu_backward_op.register_fake

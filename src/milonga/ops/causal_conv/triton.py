@@ -1,0 +1,107 @@
+"""`causal_conv` on a GPU: the choice of blocks and chunks, and launches."""
+
+import torch
+from torch import Tensor
+
+from milonga.ops.causal_conv import triton_kernels
+from milonga.ops.gpu.triton_parts import power_of_two, rows, slots_of
+
+# Rows whose loads are issued together, and turns of so many rows in a chunk of the forward pass.
+_AHEAD, _TURNS = 8, 8
+# The same for the backward pass: longer chunks where there are rows enough, for a chunk leaves W + 1 rows of sums.
+_AHEAD_BACKWARD, _TURNS_BACKWARD, _MOST_TURNS = 8, 4, 16
+# Programs (warps) that keep a large GPU busy. Fixed, so that results do not depend on the GPU.
+_PROGRAMS = 3168
+# Channels of a program: four a lane.
+_CHANNELS = 128
+
+
+class _Plan:
+    """Sizes that the launches of a pass share."""
+
+    def __init__(self, x: Tensor, weight: Tensor, offsets: Tensor | None) -> None:
+        self.batch, self.time, self.width = x.shape
+        self.taps = weight.shape[1]
+        self.packed = offsets is not None
+        self.sequences = self.batch if offsets is None else offsets.numel() - 1
+        self.block = min(_CHANNELS, power_of_two(max(self.width, 32)))
+        self.blocks = -(-self.width // self.block)
+
+    def slots(self, length: int) -> int:
+        return slots_of(self.batch, self.time, self.sequences, self.packed, length)
+
+    def backward_length(self) -> int:
+        """Steps of a chunk of the backward pass: with the W - 1 beyond it, whole turns."""
+        fewest = -(-self.batch * self.time * self.blocks // _PROGRAMS)
+        turns = min(max(-(-fewest // _AHEAD_BACKWARD), _TURNS_BACKWARD), _MOST_TURNS)
+        return turns * _AHEAD_BACKWARD - (self.taps - 1)
+
+    def constants(self, bias: Tensor | None, initial: Tensor | None, silu: bool) -> dict[str, int | bool]:
+        return {
+            "W": self.taps, "PADDED": power_of_two(self.taps), "CH": self.block, "PACKED": self.packed,
+            "INITIAL": initial is not None, "BIAS": bias is not None, "SILU": silu, "num_warps": 1, "num_stages": 1,
+        }  # fmt: skip
+
+
+def forward(
+    x: Tensor, weight: Tensor, bias: Tensor | None, initial: Tensor | None, offsets: Tensor | None, silu: bool
+) -> tuple[Tensor, Tensor]:
+    """Kernel of `milonga::causal_conv` on a GPU: one launch."""
+    plan = _Plan(x, weight, offsets)
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    final = torch.empty((plan.sequences, plan.taps - 1, plan.width), dtype=x.dtype, device=x.device)
+    length = _AHEAD * _TURNS
+    programs = plan.slots(length) * plan.blocks
+    if programs == 0:
+        return y, final
+    x, x_step = rows(x, plan.width)
+    weight = weight.contiguous()
+    before = x if initial is None else initial.contiguous()
+    bounds = x if offsets is None else offsets
+    with torch.cuda.device_of(x):
+        triton_kernels.conv_forward[(programs,)](
+            x, weight, weight if bias is None else bias, before, bounds, y, final,
+            plan.time, plan.width, plan.sequences, length, x_step, K=_AHEAD, **plan.constants(bias, initial, silu),
+        )  # fmt: skip
+    return y, final
+
+
+def backward(
+    grad_y: Tensor | None,
+    grad_final: Tensor | None,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    initial: Tensor | None,
+    offsets: Tensor | None,
+    silu: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Kernel of `milonga::causal_conv_backward` on a GPU: as on the CPU; two launches."""
+    plan = _Plan(x, weight, offsets)
+    grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    grad_initial = x.new_empty(0 if initial is None else initial.shape)
+    grad_weight = torch.empty(weight.shape, dtype=weight.dtype, device=x.device)
+    grad_bias = x.new_empty(0 if bias is None else bias.shape, dtype=torch.float32 if bias is None else bias.dtype)
+    length = plan.backward_length()
+    slots = plan.slots(length)
+    if slots * plan.blocks == 0:
+        return grad_x, grad_weight.zero_(), grad_bias.zero_(), grad_initial
+    x, x_step = rows(x, plan.width)
+    upstream, g_step = (x, x_step) if grad_y is None else rows(grad_y, plan.width)
+    weight = weight.contiguous()
+    partial = torch.empty((slots, plan.taps + 1, plan.width), dtype=torch.float32, device=x.device)
+    before = x if initial is None else initial.contiguous()
+    after = x if grad_final is None else grad_final.contiguous()
+    bounds = x if offsets is None else offsets
+    with torch.cuda.device_of(x):
+        triton_kernels.conv_backward[(slots * plan.blocks,)](
+            upstream, after, x, weight, weight if bias is None else bias, before, bounds, grad_x, partial, grad_initial,
+            plan.time, plan.width, plan.sequences, length, g_step, x_step,
+            K=_AHEAD_BACKWARD, Y=grad_y is not None, FINAL=grad_final is not None,
+            **plan.constants(bias, initial, silu),
+        )  # fmt: skip
+        triton_kernels.conv_sums[(-(-plan.width // 32), plan.taps + 1)](
+            partial, grad_weight, grad_bias, slots, plan.width, W=plan.taps, CH=32, ROWS=32, BIAS=bias is not None,
+            num_warps=4,
+        )  # fmt: skip
+    return grad_x, grad_weight, grad_bias, grad_initial

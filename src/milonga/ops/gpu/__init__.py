@@ -1,0 +1,1 @@
+"""What the Triton paths of several ops share."""

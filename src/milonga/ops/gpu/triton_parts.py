@@ -1,0 +1,63 @@
+"""Parts of Triton paths: views of rows, chunks of time of one sequence, a sigmoid."""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from milonga.ops.cpu_arrays import row_stride
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+
+
+def rows(tensor: Tensor, width: int) -> tuple[Tensor, int]:
+    """`[..., width]` with evenly spaced rows, and the distance between them; no copy where it is so already."""
+    if tensor.is_contiguous():
+        return tensor, width
+    stride = row_stride(tensor)
+    return (tensor.contiguous(), width) if stride is None else (tensor, stride)
+
+
+def power_of_two(number: int) -> int:
+    """The least power of two that is at least `number` (1 for 0)."""
+    return 1 << max(number - 1, 0).bit_length()
+
+
+@triton.jit
+def sigmoid(v):
+    """1 / (1 + exp(-v)), within 1e-6 of its value for |v| < 10; 0 and 1 at the ends; NaN for NaN."""
+    return 1.0 / (1.0 + tl.exp2(v * -LOG2_E))
+
+
+@triton.jit
+def chunk_of(slot, bounds, T, sequences, length, PACKED: tl.constexpr):
+    """-> (sequence, chunk within it, its number of chunks, its first row, its rows); int64 but for the first three.
+
+    A chunk is `length` rows of one sequence. Every sequence has one at least, an empty sequence too. Packed, the
+    sequence s that starts at row r has the slots from r // length + s on, of which the last may have no rows.
+    """
+    if PACKED:
+        low = slot * 0
+        high = sequences
+        while low + 1 < high:
+            middle = (low + high) // 2
+            if tl.load(bounds + middle) // length + middle <= slot:
+                low = middle
+            else:
+                high = middle
+        sequence = low
+        origin = tl.load(bounds + sequence)
+        total = tl.load(bounds + sequence + 1) - origin
+        chunk = (slot - origin // length - sequence).to(tl.int32)
+    else:
+        each = tl.maximum((T + length - 1) // length, 1)
+        sequence = slot // each
+        chunk = slot % each
+        origin = sequence.to(tl.int64) * T
+        total = origin * 0 + T
+    chunks = tl.maximum((total + length - 1) // length, 1).to(tl.int32)
+    return sequence, chunk, chunks, origin, total
+
+
+def slots_of(batch: int, time: int, sequences: int, packed: bool, length: int) -> int:
+    """Slots that `chunk_of` numbers: enough for any packing of `batch * time` rows into `sequences`."""
+    return time // length + sequences if packed else batch * max(-(-time // length), 1)
