@@ -27,6 +27,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from milonga import __version__
+from milonga.cli import bench
 
 
 def _example(command: str) -> str:
@@ -47,6 +48,7 @@ evaluate = typer.Typer(
     rich_markup_mode=None,
 )
 app.add_typer(evaluate, name="evaluate")
+app.add_typer(bench.app, name="bench")
 
 # What the file system refuses because of where the user pointed, rather than because of a fault of ours.
 _REFUSALS = {

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-_CPUINFO = Path("/proc/cpuinfo")
+_CPUINFO, _MEMINFO = Path("/proc/cpuinfo"), Path("/proc/meminfo")
 _SHOWN = ("torch", "numba", "numpy", "triton")
 
 
@@ -41,6 +41,18 @@ def describe_machine() -> Machine:
         python=platform.python_version(),
         packages={name: found for name in ("milonga", *_SHOWN) if (found := _version(name))},
     )
+
+
+def available_bytes(device: torch.device) -> float:
+    """Memory that new tensors on `device` may take; infinite where the system does not say."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    if _MEMINFO.is_file():
+        for line in _MEMINFO.read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return 1024.0 * int(line.split()[1])
+    return float("inf")
 
 
 def _cpu_model() -> str:
