@@ -12,6 +12,7 @@ import yaml
 
 from milonga.evaluation import figures as draw
 from milonga.evaluation import report_page as html
+from milonga.evaluation.drawing import byte_size
 from milonga.evaluation.machine import Machine, describe_machine
 from milonga.evaluation.perplexity import COMMANDS, Perplexity
 from milonga.evaluation.throughput import Throughput, transformer_cache_bytes
@@ -140,7 +141,7 @@ def render(report: Report) -> str:
         lead=(
             f"A model of {_millions(report.parameters)} parameters learned from {_text(training.bytes)} of text in "
             f"{_duration(training.seconds)}, then read {what}, which it had never seen, from the first byte to the "
-            f"last, in {draw.byte_size(report.state_bytes)} of memory."
+            f"last, in {byte_size(report.state_bytes)} of memory."
         ),
         headline=html.figures(_headline(report)),
         cards=_cards(report, what),
@@ -151,7 +152,7 @@ def render(report: Report) -> str:
 
 def _headline(report: Report) -> list[html.Figure]:
     scores, rates = report.scores, report.rates
-    size, unit = draw.byte_size(report.state_bytes).split("\N{NO-BREAK SPACE}")
+    size, unit = byte_size(report.state_bytes).split("\N{NO-BREAK SPACE}")
     return [
         html.Figure(f"{scores.bits_per_byte:.3f}", "bits/byte", "held-out text"),
         html.Figure(f"{scores.compressor_bits_per_byte('xz'):.3f}", "bits/byte", "xz on the same text"),
