@@ -16,9 +16,9 @@ SERVER = """
 import json, os, resource, select, signal, sys
 import milonga.cli.evaluate, milonga.cli.generate, milonga.cli.presets, milonga.cli.train, milonga.cli.main
 import milonga.cli.demo
-from milonga.ops.backend import OPS, kernels
+from milonga.ops.backend import COMPILED, kernels
 
-for op in OPS:
+for op in COMPILED:
     kernels(op, "cpu").compile_kernels()
 
 

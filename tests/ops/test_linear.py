@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from milonga.ops.linear import ERROR_BOUND, MIN_ROWS, linear
+from milonga.ops.linear import ERROR_BOUND, LARGEST_INT8, MIN_ROWS, cpu, linear, quantize, widen
 from milonga.ops.linear.library import AVAILABLE
 from tests.ops.helpers import assert_matches, relative_rms
 
@@ -67,3 +67,63 @@ def test_nan_comes_out() -> None:
 def test_wrong_width_is_an_error() -> None:
     with pytest.raises(ValueError, match="weight must be"):
         linear(torch.randn(20, 8), torch.randn(4, 7))
+
+
+@given(st.integers(0, 9), st.integers(1, 90), st.integers(1, 90), st.sampled_from(["fp32", "bf16", "int8"]))
+@pytest.mark.parametrize("no_grad", [False, True])
+def test_stored_weights_are_widened_exactly(no_grad: bool, rows: int, width: int, out: int, storage: str) -> None:
+    """Few rows and many, with and without kernels of our own: the product with the very numbers that are stored."""
+    torch.manual_seed(rows * 10000 + width * 100 + out)
+    x, w = torch.randn(rows, width), torch.randn(out, width)
+    weight, scale = quantize(w) if storage == "int8" else (w.bfloat16() if storage == "bf16" else w, None)
+    exact = x.double() @ widen(weight, scale, torch.float64).t()
+    with torch.set_grad_enabled(not no_grad):
+        got = linear(x, weight, scale)
+    assert got.dtype == torch.float32 and got.shape == exact.shape
+    assert rows == 0 or relative_rms(got, exact) <= ERROR_BOUND
+    error = (widen(weight, scale, torch.float64) - w.double()).abs().amax(1)
+    bound = {"fp32": 0.0, "bf16": 2.0**-8, "int8": 0.5 / LARGEST_INT8 * (1 + 1e-5)}[storage]
+    assert bool((error <= bound * w.double().abs().amax(1)).all())
+
+
+@pytest.mark.parametrize("storage", ["fp32", "bf16", "int8"])
+@pytest.mark.parametrize("threads", [1, 3])
+def test_few_rows_do_not_depend_on_threads_or_on_each_other(storage: str, threads: int) -> None:
+    x, w = torch.randn(5, 1500), torch.randn(1111, 1500)
+    weight, scale = quantize(w) if storage == "int8" else (w.bfloat16() if storage == "bf16" else w, None)
+    before = torch.get_num_threads()
+    try:
+        with torch.no_grad():
+            alone = torch.cat([linear(row[None], weight, scale) for row in x])
+            torch.set_num_threads(threads)
+            assert torch.equal(linear(x, weight, scale), alone)
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("where", ["x", "weight"])
+@pytest.mark.parametrize("storage", ["fp32", "bf16", "int8"])
+def test_nan_comes_out_of_every_storage(where: str, storage: str) -> None:
+    x, w = torch.randn(2, 40), torch.randn(30, 40)
+    (x if where == "x" else w)[1, 7] = torch.nan
+    weight, scale = quantize(w) if storage == "int8" else (w.bfloat16() if storage == "bf16" else w, None)
+    with torch.no_grad():
+        bad = linear(x, weight, scale).isnan()
+    assert torch.equal(bad[1] if where == "x" else bad[:, 1], torch.ones_like(bad[1] if where == "x" else bad[:, 1]))
+    assert int(bad.sum()) == (30 if where == "x" else 2)
+
+
+def test_one_signature_for_each_storage() -> None:
+    with torch.no_grad():
+        for rows in (1, 3):
+            x, w = torch.randn(rows, 9), torch.randn(4, 9)
+            linear(x, w), linear(x[:, :5], w[:, :5]), linear(x, w.bfloat16()), linear(x, *quantize(w))
+    assert [len(kernel.signatures) for kernel in (cpu._full, cpu._half, cpu._whole)] == [1, 1, 1]
+
+
+def test_scale_and_int8_come_together() -> None:
+    x, w = torch.randn(2, 6), torch.randn(4, 6)
+    with pytest.raises(ValueError, match="int8 weights take a scale \\[4\\]"):
+        linear(x, w.to(torch.int8))
+    with pytest.raises(ValueError, match="others none"):
+        linear(x, w, torch.ones(4))

@@ -10,7 +10,7 @@ from milonga import __version__
 from milonga.cli import console
 from milonga.cli.selftest import Result, cases, check
 from milonga.evaluation.machine import describe_machine
-from milonga.ops.backend import OPS, choice, kernels
+from milonga.ops.backend import COMPILED, OPS, choice, kernels
 
 PACKAGES = ("torch", "numba", "triton", "numpy", "pydantic", "safetensors")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -20,11 +20,11 @@ VECTORS = ("sse4.2", "avx", "avx2", "fma", "avx512f", "avx512bf16", "amx-bf16", 
 
 def compile_kernels() -> None:
     """Compile the CPU kernels of every op that are not yet in Numba's cache, with progress on stderr."""
-    with console.progress("compiling the CPU kernels", total=len(OPS), unit="ops") as bar:
-        for index, op in enumerate(OPS):
+    with console.progress("compiling the CPU kernels", total=len(COMPILED), unit="ops") as bar:
+        for index, op in enumerate(COMPILED):
             bar.update(index, op)
             kernels(op, "cpu").compile_kernels()
-        bar.update(len(OPS))
+        bar.update(len(COMPILED))
 
 
 def _version(package: str) -> str | None:
@@ -108,7 +108,7 @@ def run_doctor(compile_: bool, json_: bool) -> int:
     if compile_:
         compile_kernels()
         if json_:
-            console.print_json({"compiled": list(OPS)})
+            console.print_json({"compiled": list(COMPILED)})
         return 0
     results = []
     tests = [(case, device) for device in devices() for case in cases()]

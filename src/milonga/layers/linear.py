@@ -1,9 +1,15 @@
 """The linear map of every layer: PyTorch's module with this library's product."""
 
+from typing import Literal, get_args
+
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from milonga.ops.linear import linear
+from milonga.ops.linear import linear, quantize
+
+Storage = Literal["bf16", "int8"]
+STORAGES: tuple[str, ...] = get_args(Storage)
 
 
 class Linear(nn.Linear):
@@ -15,3 +21,43 @@ class Linear(nn.Linear):
     def forward(self, input: Float[Tensor, "*rows D"]) -> Float[Tensor, "*rows F"]:
         """-> the product, dtype of the input (of autocast where that is on)."""
         return linear(input, self.weight)
+
+
+class StoredLinear(nn.Module):
+    """A trained `Linear` whose weights take 2 bytes (bfloat16) or 1 (int8, one factor per feature). Not trainable.
+
+    The product is still taken in the precision of its input.
+    """
+
+    weight: Tensor
+    scale: Tensor | None
+
+    def __init__(self, trained: nn.Linear, storage: Storage):
+        super().__init__()
+        self.storage = storage
+        weight, scale = trained.weight.detach().bfloat16(), None
+        if storage == "int8":
+            weight, scale = quantize(trained.weight)
+        self.register_buffer("weight", weight)
+        self.register_buffer("scale", scale)
+
+    def forward(self, input: Float[Tensor, "*rows D"]) -> Float[Tensor, "*rows F"]:
+        """-> the product, dtype of the input."""
+        return linear(input, self.weight, self.scale)
+
+    def extra_repr(self) -> str:
+        """Shape and storage."""
+        return f"in_features={self.weight.shape[1]}, out_features={self.weight.shape[0]}, storage={self.storage}"
+
+
+def store_weights(module: nn.Module, storage: Storage) -> None:
+    """Replace every `Linear` inside `module` by a `StoredLinear`, in place.
+
+    What decoding mostly does is read these weights: in 2 bytes instead of 4 they come twice as fast.
+    """
+    for name, child in list(module.named_children()):
+        if isinstance(child, nn.Linear):
+            with torch.inference_mode(False):
+                setattr(module, name, StoredLinear(child, storage))
+        else:
+            store_weights(child, storage)

@@ -82,6 +82,16 @@ class ScanParameters(KeepFp32):
         self.A_log = nn.Parameter(torch.empty(inner, states))
         self.D = nn.Parameter(torch.empty(inner))
         self.dt_bias = nn.Parameter(torch.empty(inner))
+        self._kept: tuple[tuple[int, int], Tensor] | None = None
+
+    def A(self) -> Tensor:
+        """`-exp(A_log)` `[E N]`. Without gradients it is kept until A_log changes: a decoded token uses it once."""
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return -torch.exp(self.A_log)
+        key = (self.A_log.data_ptr(), self.A_log._version)
+        if self._kept is None or self._kept[0] != key:
+            self._kept = key, -torch.exp(self.A_log)
+        return self._kept[1]
 
 
 class Mamba(Layer):
@@ -138,7 +148,7 @@ class Mamba(Layer):
         y, ssm_final = selective_scan(
             u,
             dt,
-            -torch.exp(self.scan.A_log),
+            self.scan.A(),
             B,
             C,
             D=self.scan.D,
@@ -161,7 +171,7 @@ class Mamba(Layer):
         x, packed = kept_steps(trace.x, steps, trace.segments)
         dt, _ = kept_steps(trace.dt, steps, trace.segments)
         B, _ = kept_steps(trace.B, steps, trace.segments)
-        A = -torch.exp(self.scan.A_log)
+        A = self.scan.A()
         _, ssm = selective_scan(x, dt, A, B, B, dt_bias=self.scan.dt_bias, initial=state.ssm, segments=packed)
         return MambaState(last_columns(state.conv, trace.columns, steps, trace.segments), ssm)
 

@@ -12,7 +12,6 @@ from milonga.layers import Layer, LayerConfig, NormKind, build_norm
 from milonga.layers.base import Keep, Trace
 from milonga.layers.linear import Linear
 from milonga.layers.recompute import cheap, forgetting
-from milonga.ops.linear import linear
 from milonga.ops.linear_cross_entropy import linear_cross_entropy
 from milonga.segments import Segments
 from milonga.state import State
@@ -185,7 +184,7 @@ class Network(nn.Module):
             losses = linear_cross_entropy(x, self.head.weight, targets)
         scores = None
         if wanted != "none":
-            scores = linear(x, self.head.weight)
+            scores = self.head(x)
             scores = scores.float() if scores.element_size() < 4 else scores
         return NetworkOutput(
             scores, losses, tuple(states) if keep_state and not traced else None, tuple(traces) if traced else None

@@ -22,9 +22,19 @@ OPS = (
     "rotary",
     "linear_cross_entropy",
 )
+COMPILED = (*OPS, "linear")  # what has kernels for the CPU that are compiled at installation
 BACKENDS = ("auto", "reference", "cpu", "triton")
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-TRITON_OPS: tuple[str, ...] = ("selective_scan", "decode_step", "causal_conv", "rms_norm", "swiglu", "rotary", "window_attention", "linear_cross_entropy")
+TRITON_OPS: tuple[str, ...] = (
+    "selective_scan",
+    "decode_step",
+    "causal_conv",
+    "rms_norm",
+    "swiglu",
+    "rotary",
+    "window_attention",
+    "linear_cross_entropy",
+)
 
 
 # Whether each can be imported, found without importing it.
