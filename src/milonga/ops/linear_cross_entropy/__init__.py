@@ -9,8 +9,10 @@ from milonga.ops.linear_cross_entropy.reference import linear_cross_entropy_refe
 
 # Bound of the relative RMS error of the losses and of each gradient against the float64 reference, fp32 inputs.
 ERROR_BOUND = 2e-6
-# Bytes of fp32 logits that a chunk of rows may have.
+# Bytes of fp32 logits that a chunk of rows may have: on a CPU about what its caches hold, on a GPU enough that the
+# matrix products fill it and the gradient of the weight is added up in few turns.
 CHUNK_BYTES = 1 << 24
+CHUNK_BYTES_GPU = 1 << 29
 
 
 def linear_cross_entropy(
@@ -29,11 +31,12 @@ def linear_cross_entropy(
 
     Args:
         x: `[..., D]`, float32, bfloat16, float16 or float64.
-        weight: `[V, D]`; it is widened to fp32 at least, as x is.
+        weight: `[V, D]`; it is widened to fp32 at least, as x is. On a GPU the products of bf16 and of fp16 are taken
+            as they are and summed in fp32; under autocast there both are rounded first, as for any linear layer.
         targets: int64 `[...]`, each in 0 .. V - 1 or `ignore_index`.
         bias: `[V]` or None.
         ignore_index: the target of rows that count for nothing: loss 0, no gradient.
-        chunk: rows at a time (>= 1); None for as many as have 16 MiB of fp32 logits.
+        chunk: rows at a time (>= 1); None for as many as have 16 MiB of fp32 logits, on a GPU 512 MiB.
         backend: `auto`, `reference`, `cpu` or `triton`.
 
     Returns:
@@ -41,8 +44,8 @@ def linear_cross_entropy(
         `ERROR_BOUND`.
 
     Raises:
-        ValueError: if the shapes do not fit, a target is out of range (not checked by the reference on a GPU or under
-            a compiler), `chunk` is below 1, or the backend cannot run here.
+        ValueError: if the shapes do not fit, a target is out of range (not checked on a GPU, whose kernel gives NaN
+            for it, or under a compiler), `chunk` is below 1, or the backend cannot run here.
     """
     if weight.ndim != 2 or x.ndim < 1 or x.shape[-1] != weight.shape[1]:
         raise ValueError(
@@ -58,14 +61,26 @@ def linear_cross_entropy(
     if bias is not None and bias.shape != (vocabulary,):
         raise ValueError(f"linear_cross_entropy: bias must be [V], expected [{vocabulary}], got {list(bias.shape)}")
     if chunk is None:
-        chunk = max(1, CHUNK_BYTES // (4 * max(vocabulary, 1)))
+        chunk = _rows(vocabulary, x.device.type)
     if chunk < 1:
         raise ValueError(f"linear_cross_entropy: chunk must be at least 1, got {chunk}")
     if targets.device.type == "cpu" and not torch.compiler.is_compiling():
         check_targets(targets, vocabulary, ignore_index)
-    if choice("linear_cross_entropy", backend, x.device.type, x.dtype) == "reference":
+    chosen = choice("linear_cross_entropy", backend, x.device.type, x.dtype)
+    if chosen == "reference":
         return linear_cross_entropy_reference(x, weight, targets, bias, ignore_index, chunk)
+    if chosen == "triton" and torch.is_autocast_enabled("cuda"):
+        half = torch.get_autocast_dtype("cuda")
+        x, weight = x.to(half), weight.to(half)
     return linear_cross_entropy_op(x, weight, targets, bias, ignore_index, chunk)[0]
+
+
+def _rows(vocabulary: int, device: str) -> int:
+    """Rows of a chunk; on a GPU a multiple of 256 where there are that many, for the sake of the products' tiles."""
+    if device == "cpu":
+        return max(1, CHUNK_BYTES // (4 * max(vocabulary, 1)))
+    rows = max(1, CHUNK_BYTES_GPU // (4 * max(vocabulary, 1)))
+    return rows if rows < 256 else rows // 256 * 256
 
 
 def check_targets(targets: Tensor, vocabulary: int, ignore_index: int) -> None:

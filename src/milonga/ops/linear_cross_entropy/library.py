@@ -16,6 +16,13 @@ def linear_cross_entropy_op(
     return kernels("linear_cross_entropy", "cpu").forward(x, weight, targets, bias, ignore_index, chunk)
 
 
+@linear_cross_entropy_op.register_kernel("cuda")
+def _(
+    x: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, ignore_index: int, chunk: int
+) -> tuple[Tensor, Tensor]:
+    return kernels("linear_cross_entropy", "triton").forward(x, weight, targets, bias, ignore_index, chunk)
+
+
 @linear_cross_entropy_op.register_fake
 def _(
     x: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, ignore_index: int, chunk: int
@@ -36,6 +43,22 @@ def linear_cross_entropy_backward_op(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """-> gradients of x, weight and bias (zeros `[V]` where there is none)."""
     return kernels("linear_cross_entropy", "cpu").backward(grad, x, weight, targets, bias, totals, ignore_index, chunk)
+
+
+@linear_cross_entropy_backward_op.register_kernel("cuda")
+def _(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    totals: Tensor,
+    ignore_index: int,
+    chunk: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return kernels("linear_cross_entropy", "triton").backward(
+        grad, x, weight, targets, bias, totals, ignore_index, chunk
+    )
 
 
 @linear_cross_entropy_backward_op.register_fake

@@ -66,7 +66,7 @@ def window_attention(
         return window_attention_reference(
             q, k, v, window=window, past_k=past_k, past_v=past_v, position=position, segments=segments, scale=scale
         )
-    offsets = None if segments is None else segments.offsets
+    offsets = None if segments is None else segments.on(q.device)
     factor = q.shape[-1] ** -0.5 if scale is None else scale
     return window_attention_op(q, k, v, past_k, past_v, position, offsets, window, factor)[0]
 

@@ -20,8 +20,26 @@ def window_attention_op(
     window: int | None,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """-> (y `[B T H V]`; each query's largest score in base 2, then one over its sum of exponentials, `[2 B T H]`)."""
+    """-> (y `[B T H V]`; what the backward pass needs of each query's softmax, fp32 `[2 B T H]`, different per device).
+
+    On a CPU the largest score in base 2, then one over the sum of exponentials.
+    """
     return kernels("window_attention", "cpu").forward(q, k, v, past_k, past_v, position, offsets, window, scale)
+
+
+@window_attention_op.register_kernel("cuda")
+def _(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    past_k: Tensor | None,
+    past_v: Tensor | None,
+    position: Tensor | None,
+    offsets: Tensor | None,
+    window: int | None,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    return kernels("window_attention", "triton").forward(q, k, v, past_k, past_v, position, offsets, window, scale)
 
 
 @window_attention_op.register_fake
@@ -57,6 +75,26 @@ def window_attention_backward_op(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """-> gradients of q, k, v, past_k and past_v (the last two empty where there is no past)."""
     return kernels("window_attention", "cpu").backward(
+        grad, q, k, v, past_k, past_v, position, offsets, window, scale, y, stats
+    )
+
+
+@window_attention_backward_op.register_kernel("cuda")
+def _(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    past_k: Tensor | None,
+    past_v: Tensor | None,
+    position: Tensor | None,
+    offsets: Tensor | None,
+    window: int | None,
+    scale: float,
+    y: Tensor,
+    stats: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return kernels("window_attention", "triton").backward(
         grad, q, k, v, past_k, past_v, position, offsets, window, scale, y, stats
     )
 
