@@ -2,9 +2,8 @@
 
 A step is a chain of short kernels, each waiting for the one before. With PDL (programmatic dependent launch) a kernel
 is already resident while the one before it runs: it brings the weights that it will need into the L2 cache, which
-depend on nothing, and only then waits for its input. Every kernel lets its successor start at once (`gdc_launch_dependents`)
-and touches memory that others write only after `gdc_wait`, which returns when the kernel before is complete, and so all
-before that.
+depend on nothing, and only then waits for its input. Every kernel lets its successor start at once, and touches memory
+that others write only after `gdc_wait`, which returns when the kernel before is complete, and so all before that.
 
 Letters: B rows, F features, K the width that a product sums over, E inner width, N states, R rank of dt, W conv width.
 """
