@@ -113,8 +113,8 @@ def test_an_altered_tensor_is_noticed(saved):
 
 def test_a_newer_format_is_named(saved):
     _, path = saved
-    rewrite(path, change_header=lambda header: header.update(session_format="2"))
-    assert "format 2" in refused(path)
+    rewrite(path, change_header=lambda header: header.update(session_format="3"))
+    assert "format 3" in refused(path)
     assert "upgrade" in refused(path)
 
 

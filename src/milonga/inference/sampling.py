@@ -7,8 +7,9 @@ same distribution.
 import dataclasses
 import math
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -72,6 +73,23 @@ class Sampling:
         both = sorted(set(self.forced) & set(self.banned))
         if both:
             raise UserError(f"generate: forced holds the byte {both[0]}, which is banned")
+
+    def to_json(self) -> dict[str, object]:
+        """The settings, JSON-ready; bytes as hexadecimal digits."""
+        plain = dataclasses.asdict(self)
+        return plain | {
+            "stop": [text.hex() for text in self.stop],
+            "banned": self.banned.hex(),
+            "forced": self.forced.hex(),
+        }
+
+    @classmethod
+    def from_json(cls, stored: Mapping[str, Any]) -> "Sampling":
+        """The settings that `to_json` described."""
+        settings: dict[str, Any] = dict(stored)
+        settings |= {name: bytes.fromhex(stored[name]) for name in ("banned", "forced")}
+        settings["stop"] = tuple(bytes.fromhex(text) for text in stored["stop"])
+        return cls(**settings)
 
     @property
     def penalises(self) -> bool:

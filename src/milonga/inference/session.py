@@ -1,61 +1,82 @@
 """A session: one text, read as it comes, in a state of constant size."""
 
 import math
-from collections.abc import Callable, Generator, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
-from milonga.data.text import ByteCodec, Text, Utf8Stream
+from milonga.data.text import Text, TextCodec
 from milonga.errors import UserError
+from milonga.inference.constraints import Constraint
+from milonga.inference.generation import Generation, as_bytes, as_text
+from milonga.inference.marks import KeptMarks, Mark
 from milonga.inference.sampling import Sampler, Sampling
 from milonga.inference.session_file import SavedSession, read_session, write_session
-from milonga.models.network import LogitsOf, Network, NetworkState
+from milonga.models.network import LogitsOf, Network
 from milonga.state import clone
-from milonga.state import nbytes as state_nbytes
 
-# Bytes that go through the network at once, whatever the length of what is fed: it bounds memory. On 2 CPU cores the
+# Tokens that go through the network at once, whatever the length of what is fed: it bounds memory. On 2 CPU cores the
 # demo model reads 24,000 bytes/s in pieces of 256 and 29,000 in pieces of 1024, but with the larger temporaries of 512
 # and more the allocator gives back and takes again up to 13 MiB of resident memory as it goes; with 256 at most 3 MiB.
 PIECE = 256
+# A GPU is idle on pieces of 256. Activations of 8192 tokens take about 1 GiB at a width of 2048 in bf16.
+CUDA_PIECE = 8192
+# On a CPU what is left of a piece at either end of a text is read in powers of two, and under this length at once:
+# oneDNN keeps compiled products of every length it meets, 680 MiB for all up to 255 with a model of 20,000 parameters.
+_SHORT = 8
+# Where all logits of a piece are looked at, at most so many numbers: 128 MiB in float64.
+_SCORED = 1 << 24
+
+Progress = Callable[[int], None]
+Stops = str | bytes | Sequence[str | bytes]
 
 
-@dataclass(frozen=True, eq=False, slots=True)
-class Mark:
-    """A place in a text to come back to: all that a session knows there. Sessions never write into one."""
-
-    network: Network
-    state: NetworkState
-    logits: Float[Tensor, " V"]  # fp32, of the next byte
-    position: int
-    pending: bytes  # the last bytes, where they do not yet make a whole character
+def piece_length(device: torch.device) -> int:
+    """Tokens that a session on this device reads at once. Pieces end where the position is a multiple of it, so a text
+    is cut at the same places whether it is read from the beginning or from such a place on."""
+    return CUDA_PIECE if device.type == "cuda" else PIECE
 
 
 class Session:
     """Reads and writes one text with a language model.
 
-    Made by `LanguageModel.session`. The session stands behind the last byte it has read; it holds the network's state
-    there and the logits of the next byte, so the first byte of any piece is scored like every other. A fresh session
-    predicts all bytes alike. Reading a text in one piece, in pieces of any length or byte by byte comes to the same, up
-    to rounding. An interrupted call (Ctrl-C, say) leaves the session behind the last whole piece of `PIECE` bytes.
+    Made by `LanguageModel.session`. The session stands behind the last token it has read; it holds the network's state
+    there and the logits of the next token, so the first one of any piece is scored like every other. A fresh session
+    predicts all tokens alike. Reading a text in one piece, in pieces of any length or token by token comes to the same,
+    up to rounding. An interrupted call (Ctrl-C, say) leaves the session behind the last whole piece that went through
+    the network (`piece_length`).
+
+    Attributes:
+        codec: what turns text into the model's tokens. Of a model of bytes, tokens are bytes.
+        sampling: the settings and the seed of the last `generate`, here or before the session was saved; None if there
+            was none. `generate(n, session.sampling)` goes on as if that had not ended.
     """
 
-    def __init__(self, network: Network, codec: ByteCodec, fingerprint: Callable[[], str]):
-        self._network, self._codec, self._fingerprint = network, codec, fingerprint
-        self._device = network.embedding.weight.device
+    def __init__(self, network: Network, codec: TextCodec, fingerprint: Callable[[], str]):
+        self._network, self._fingerprint = network, fingerprint
+        self.codec = codec
+        self.sampling: Sampling | None = None
+        weight = network.embedding.weight
+        self._device = weight.device
         with torch.inference_mode():
             state = network.init_state(1)
-            uniform = torch.zeros(network.config.vocab_size, device=self._device)
-        self._here = Mark(network, state, uniform, 0, b"")
+            wide = torch.promote_types(weight.dtype, torch.float32)
+            uniform = torch.zeros(network.config.vocab_size, dtype=wide, device=self._device)
+        self._here = Mark(network, state, uniform, 0, b"", 0)
+        self._kept: KeptMarks | None = None
 
     @property
     def position(self) -> int:
-        """Bytes read so far, generated ones included."""
+        """Tokens read so far, written ones included: bytes, for a model of bytes."""
         return self._here.position
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes of the tokens read so far."""
+        return self._here.bytes_read
 
     @property
     def pending(self) -> bytes:
@@ -63,76 +84,154 @@ class Session:
         return self._here.pending
 
     @property
-    def nbytes(self) -> int:
-        """Bytes of memory held: the state and the next byte's logits. Constant unless a layer attends to everything."""
-        return state_nbytes((self._here.state, self._here.logits))
+    def logits(self) -> np.ndarray:
+        """fp32 at least `[V]`: of the next token, before any softmax; a copy on the CPU."""
+        return self._here.logits.cpu().numpy().copy()
 
-    def feed(self, text: Text) -> None:
-        """Read a text.
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory held: the state, the next token's logits, and marks kept by `keep_marks`. Constant unless a
+        layer attends to everything, or while marks are still being added."""
+        others = self._kept.nbytes if self._kept is not None else 0
+        counted = self._kept is not None and self._here in self._kept
+        return others + (0 if counted else self._here.nbytes)
+
+    def feed(self, text: Text, *, progress: Progress | None = None) -> None:
+        """Read a text. With a codec of subwords each call's text is cut into tokens by itself.
 
         Args:
             text: bytes; or str, read as its UTF-8 bytes; or an array of byte values, 1-d, integers from 0 to 255. Any
                 length, 0 included.
+            progress: called after each piece with the bytes of this text read so far.
 
         Raises:
             UserError: if an array holds anything else, or a str cannot be encoded.
         """
-        for piece in self._pieces(text):
-            self._read(piece)
+        self.read_ids(self.codec.encode(text), progress=progress)
 
-    def score(self, text: Text) -> np.ndarray:
-        """Read a text and say what each byte cost.
+    def read_ids(self, ids: np.ndarray, *, progress: Progress | None = None) -> None:
+        """Read tokens by their ids.
+
+        Args:
+            ids: integers `[T]` from 0 to V - 1.
+            progress: as for `feed`.
+
+        Raises:
+            UserError: if they are something else.
+        """
+        began = self.bytes_read
+        for piece in self._pieces(self.codec.checked_ids(ids), piece_length(self._device)):
+            self._read(piece)
+            if progress is not None:
+                progress(self.bytes_read - began)
+
+    def score(self, text: Text, *, progress: Progress | None = None) -> np.ndarray:
+        """Read a text and say what each token cost.
 
         Returns:
-            float64 `[bytes]`: bits of each byte, `-log2` of the probability the model gave it, given all before it.
+            float64 `[tokens]`: bits of each token (of a model of bytes, byte), `-log2` of the probability the model
+            gave it, given all before it.
 
         Raises:
             UserError: as `feed`.
         """
-        bits = [self._score(piece) for piece in self._pieces(text)]
+        ids, began = self.codec.encode(text), self.bytes_read
+        length = min(piece_length(self._device), max(1, _SCORED // self.codec.vocab_size))
+        bits = []
+        for piece in self._pieces(ids, length):
+            bits.append(self._score(piece))
+            if progress is not None:
+                progress(self.bytes_read - began)
         return np.concatenate(bits) if bits else np.empty(0)
 
     def generate(
         self,
         n: int,
+        sampling: Sampling | None = None,
         *,
         temperature: float = 1.0,
         top_k: int | None = None,
         top_p: float | None = None,
         seed: int | None = 0,
-    ) -> Generator[str, None, None]:
-        """Write and read at most `n` bytes, yielded as text as soon as there is a whole character.
+        stop: Stops = (),
+        logprobs: int | None = None,
+    ) -> Generation[str]:
+        """Write and read at most `n` tokens, given out as text as soon as there is a whole character.
 
-        Each byte is drawn when the next piece is asked for, and read before the piece is yielded: closing the generator
-        leaves the session behind the last piece. A character that the n-th byte cuts stays `pending`; if the session
-        goes on to write, it begins the next piece. Bytes that are not UTF-8 come out as U+FFFD.
+        Each token is drawn when the next piece is asked for, and read before the piece is given out: closing the
+        generation leaves the session behind the last token drawn. A character that the n-th token cuts stays `pending`;
+        if the session goes on to write, it begins the next piece. Bytes that are not UTF-8 come out as U+FFFD.
+
+        A stop text is not given out, nor is anything that could still become one; the session has read it.
 
         Args:
-            n: bytes at most, >= 0.
-            temperature, top_k, top_p, seed: see `Sampler`. The same seed at the same place gives the same text.
+            n: tokens at most, >= 0: bytes, for a model of bytes.
+            sampling: all the settings.
+            temperature, top_k, top_p, seed, stop: the commonest of them, instead; see `Sampling`. The same seed at the
+                same place gives the same text.
+            logprobs: keep every token's log-probability in the generation's `logprobs`, and those of so many of the
+                likeliest tokens, >= 0; None for none.
 
         Raises:
             UserError: if an argument is out of range (at once), or the model predicts NaN.
         """
-        return self._texts(_count(n), self._sampler(temperature, top_k, top_p, seed))
+        settings = _settings(sampling, temperature, top_k, top_p, seed, stop)
+        return Generation(self, n, self._writing(n, settings), _alternatives(logprobs), as_text(self.pending))
 
     def generate_bytes(
         self,
         n: int,
+        sampling: Sampling | None = None,
         *,
         temperature: float = 1.0,
         top_k: int | None = None,
         top_p: float | None = None,
         seed: int | None = 0,
-    ) -> Generator[bytes, None, None]:
-        """As `generate`, but exactly `n` pieces of one byte each, whether they are UTF-8 or not."""
-        return self._bytes(_count(n), self._sampler(temperature, top_k, top_p, seed))
+        stop: Stops = (),
+        logprobs: int | None = None,
+    ) -> Generation[bytes]:
+        """As `generate`, but the bytes of each token, UTF-8 or not: `n` pieces unless a stop ends it."""
+        settings = _settings(sampling, temperature, top_k, top_p, seed, stop)
+        return Generation(self, n, self._writing(n, settings), _alternatives(logprobs), as_bytes)
+
+    def sampler(self, sampling: Sampling, n: int | None = None) -> Sampler:
+        """A sampler that stands where the session does, to draw at most `n` tokens.
+
+        Raises:
+            UserError: if the settings leave nothing to write here.
+        """
+        constraint = None
+        if sampling.constrains:
+            constraint = Constraint(
+                self.codec.token_bytes,
+                banned=sampling.banned,
+                forced=sampling.forced,
+                valid_utf8=sampling.valid_utf8,
+            )
+        here = self._here
+        return Sampler(
+            sampling,
+            position=here.position,
+            context=here.recent,
+            constraint=constraint,
+            pending=here.pending,
+            left=n,
+        )
 
     def fork(self) -> "Session":
-        """A second session at the same place. The two share no memory; neither notices the other."""
-        twin = Session(self._network, self._codec, self._fingerprint)
+        """A second session at the same place. The two share no memory; neither notices the other. It keeps no marks."""
+        twin = Session(self._network, self.codec, self._fingerprint)
         here = self._here
-        twin._here = Mark(here.network, clone(here.state), here.logits.clone(), here.position, here.pending)
+        twin._here = Mark(
+            here.network,
+            clone(here.state),
+            here.logits.clone(),
+            here.position,
+            here.pending,
+            here.bytes_read,
+            here.recent.copy(),
+        )
+        twin.sampling = self.sampling
         return twin
 
     def mark(self) -> Mark:
@@ -147,7 +246,36 @@ class Session:
         """
         if mark.network is not self._network:
             raise ValueError("rewind: the mark was made with another model")
-        self._here = mark
+        self._go(mark)
+
+    def keep_marks(self, limit: int = 32) -> None:
+        """From here on mark places automatically, for `rewind_to`: at most `limit`, close together near the end of the
+        text and ever wider apart before, at least one piece (`piece_length`). Each takes one state's size of memory.
+
+        Raises:
+            UserError: if the limit is below 1.
+        """
+        self._kept = KeptMarks(self._here, limit, piece_length(self._device))
+
+    def rewind_to(self, position: int) -> int:
+        """Go to the last place kept at or before a position, and say which that is; the text from there to the position
+        can be fed again.
+
+        Args:
+            position: tokens, from the oldest mark's to the session's own.
+
+        Raises:
+            UserError: if no marks are kept, or the position lies before the oldest or behind the session.
+        """
+        if self._kept is None:
+            raise UserError("rewind_to: no marks are kept; call keep_marks before reading")
+        if position > self.position:
+            raise UserError(
+                f"rewind_to: position {position} has not been reached yet, the session is at {self.position}"
+            )
+        if position < self.position:
+            self._here = self._kept.latest(position)
+        return self.position
 
     def save(self, path: str | Path) -> None:
         """Write everything to one file, whole or not at all. `LanguageModel.session(path)` continues bit for bit.
@@ -157,7 +285,16 @@ class Session:
         """
         here = self._here
         saved = SavedSession(
-            here.state, here.logits, here.position, here.pending, self._fingerprint(), self._codec.name
+            here.state,
+            here.logits,
+            here.position,
+            here.pending,
+            here.bytes_read,
+            here.recent,
+            self.sampling,
+            self._fingerprint(),
+            self.codec.name,
+            self.codec.digest,
         )
         write_session(Path(path), saved)
 
@@ -168,59 +305,91 @@ class Session:
             UserError: if the file is missing, damaged, of another model or of a newer format.
         """
         like = (self._network.init_state(1), self._here.logits)
-        saved = read_session(Path(path), self._fingerprint(), self._codec.name, like)
-        self._here = Mark(self._network, saved.state, saved.logits, saved.position, saved.pending)
+        saved = read_session(Path(path), self._fingerprint(), (self.codec.name, self.codec.digest), like)
+        self._go(
+            Mark(
+                self._network,
+                saved.state,
+                saved.logits,
+                saved.position,
+                saved.pending,
+                saved.bytes_read,
+                saved.recent,
+            )
+        )
+        self.sampling = saved.sampling
 
-    def _pieces(self, text: Text) -> Iterator[np.ndarray]:
-        ids = self._codec.encode(text)
-        return (ids[start : start + PIECE] for start in range(0, len(ids), PIECE))
+    def _go(self, mark: Mark) -> None:
+        """Stand at a mark. Marks kept on the way there stay; if it is on another way, keeping them starts anew."""
+        if self._kept is not None:
+            if mark in self._kept:
+                self._kept.latest(mark.position)
+            else:
+                self._kept = self._kept.restarted(mark)
+        self._here = mark
 
-    def _read(self, ids: np.ndarray, wanted: LogitsOf = "last") -> tuple[Float[Tensor, "T V"], str]:
-        """Read one piece `[T]`, not empty: -> (the logits behind each byte or, `[1 V]`, behind the last; its text)."""
+    def _writing(self, n: int, settings: Sampling) -> Sampler:
+        if n < 0:
+            raise UserError(f"generate: the number of bytes must be 0 or more, got {n}")
+        sampler = self.sampler(settings, n)
+        self.sampling = sampler.sampling
+        return sampler
+
+    def _pieces(self, ids: np.ndarray, length: int) -> Iterator[np.ndarray]:
+        """Cut where the position is a multiple of `length`; on a CPU what is shorter also into powers of two."""
+        start = 0
+        while start < len(ids):
+            count = min(length - self.position % length, len(ids) - start)
+            if self._device.type == "cpu" and _SHORT <= count < length:
+                count = 1 << (count.bit_length() - 1)
+            yield ids[start : start + count]
+            start += count
+
+    def _read(self, ids: np.ndarray, wanted: LogitsOf = "last") -> Tensor:
+        """Read one piece `[T]`, not empty: -> the logits behind each token `[T V]` or, `[1 V]`, behind the last."""
         here = self._here
         with torch.inference_mode():
             tokens = torch.from_numpy(ids.astype(np.int64)).to(self._device)
             output = self._network(tokens[None], here.state, logits=wanted)
-            assert output.logits is not None
+            assert output.logits is not None and output.state is not None
             logits = output.logits if wanted == "last" else output.logits[0]
             behind = logits[-1].clone()  # a view would keep the logits of the whole piece
-        stream = Utf8Stream(here.pending)
-        text = stream.feed(ids.tobytes())
-        self._here = Mark(here.network, output.state, behind, here.position + len(ids), stream.pending)
-        return logits, text
+        self._here = here.advanced(ids, output.state, behind, self.codec)
+        if self._kept is not None:
+            self._kept.offer(self._here)
+        return logits
 
     def _score(self, ids: np.ndarray) -> np.ndarray:
-        """Read one piece: -> the bits of each byte."""
+        """Read one piece: -> the bits of each token."""
         first = self._here.logits[None]
-        behind, _ = self._read(ids, "all")
+        behind = self._read(ids, "all")
         with torch.inference_mode():
             return _bits(torch.cat([first, behind[:-1]]), torch.from_numpy(ids.astype(np.int64)).to(self._device))
 
-    def _sampler(self, temperature: float, top_k: int | None, top_p: float | None, seed: int | None) -> Sampler:
-        settings = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
-        return Sampler(settings, position=self.position)
 
-    def _write(self, sampler: Sampler) -> tuple[int, str]:
-        """Draw one byte and read it: -> (the byte, the text that it completes)."""
-        byte = sampler.draw(self._here.logits.cpu().numpy())
-        _, text = self._read(np.array([byte], np.uint8))
-        return byte, text
-
-    def _bytes(self, n: int, sampler: Sampler) -> Generator[bytes, None, None]:
-        for _ in range(n):
-            yield bytes([self._write(sampler)[0]])
-
-    def _texts(self, n: int, sampler: Sampler) -> Generator[str, None, None]:
-        for _ in range(n):
-            _, text = self._write(sampler)
-            if text:
-                yield text
+def _settings(
+    sampling: Sampling | None,
+    temperature: float,
+    top_k: int | None,
+    top_p: float | None,
+    seed: int | None,
+    stop: Stops,
+) -> Sampling:
+    given = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, stop=_stop_texts(stop))
+    if sampling is not None and given != Sampling():
+        raise UserError("generate: give a Sampling or single settings, not both")
+    return sampling or given
 
 
-def _count(n: int) -> int:
-    if n < 0:
-        raise UserError(f"generate: the number of bytes must be 0 or more, got {n}")
-    return n
+def _stop_texts(stop: Stops) -> tuple[bytes, ...]:
+    texts = (stop,) if isinstance(stop, str | bytes) else tuple(stop)
+    return tuple(text.encode() if isinstance(text, str) else text for text in texts)
+
+
+def _alternatives(count: int | None) -> int | None:
+    if count is not None and count < 0:
+        raise UserError(f"generate: logprobs must be 0 or more, got {count}")
+    return count
 
 
 def _bits(logits: Tensor, ids: Tensor) -> np.ndarray:
