@@ -148,9 +148,15 @@ class Decoder:
         return next(size for size in self.buckets if size >= count)
 
     @torch.no_grad()
-    def step(self, rows: int) -> None:
-        """Read `tokens` of the first `rows`, a bucket: `state` and `logits` are then behind them."""
-        self._replay(rows, None)()
+    def step(self, rows: int, *, capture: bool = True) -> None:
+        """Read `tokens` of the first `rows`, a bucket: `state` and `logits` are then behind them.
+
+        Without `capture` every kernel is launched from here, as on a CPU: to compare with.
+        """
+        if capture:
+            self._replay(rows, None)()
+        else:
+            self._work(rows, None, self._rows(0, rows))
 
     @torch.no_grad()
     def run(self, rows: int, steps: int, mode: Mode) -> Int[Tensor, "steps rows"]:
@@ -164,6 +170,11 @@ class Decoder:
         for _ in range(steps):
             replay()
         return self.drawn[:steps, :rows].clone()
+
+    @torch.no_grad()
+    def advance(self, rows: int, mode: Mode) -> None:
+        """One step of a run, whose number among at most `RUN` the device counts for itself."""
+        self._replay(rows, mode)()
 
     @torch.no_grad()
     def ensure(self, capacity: int) -> None:
@@ -240,7 +251,7 @@ class Decoder:
             ids = draw_on_device(self.logits[:rows], *settings, uniform, mode)
             self.tokens[:rows, 0].copy_(ids)
             self.drawn[:, :rows].index_copy_(0, self._count, ids[None])
-            self._count.add_(1)
+            self._count.add_(1).remainder_(RUN)
         self.logits[:rows].copy_(decode_step(self.network, self.tokens[:rows], state))
 
 

@@ -1,0 +1,266 @@
+"""How long one decoded step and one prefill take, for a shape with random weights, beside the bytes they must move."""
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Literal
+
+import torch
+
+from milonga.errors import UserError
+from milonga.inference.captured import Decoder
+from milonga.models import ModelConfig, Network
+from milonga.models.network import NetworkState
+from milonga.state import named_tensors
+
+Drawing = Literal["none", "greedy", "plain", "sorted", "host"]
+
+
+@dataclass(frozen=True)
+class DecodeTime:
+    """One decoded step of all rows: milliseconds, and what a step cannot go below."""
+
+    milliseconds: float  # median
+    spread: float  # of the repeats: (longest - shortest) / median
+    floor_milliseconds: float  # bytes over the bandwidth of a large copy, measured in the same run
+    weight_bytes: int
+    state_bytes: int  # read and written in a step, all rows
+    copy_gigabytes_per_second: float
+    batch: int
+    position: int
+    captured: bool
+    drawing: Drawing
+    dtype: str
+    device: str
+
+    def to_json(self) -> dict[str, object]:
+        """The fields, JSON-ready."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class PrefillTime:
+    """Reading prompts of one length: milliseconds for all rows."""
+
+    milliseconds: float  # median
+    spread: float
+    length: int
+    batch: int
+    piece: int
+    peak_bytes: int  # of memory on the device; 0 on a CPU
+    dtype: str
+    device: str
+
+    def to_json(self) -> dict[str, object]:
+        """The fields, JSON-ready."""
+        return asdict(self)
+
+
+@torch.no_grad()
+def random_network(config: ModelConfig, device: torch.device | str, dtype: torch.dtype) -> Network:
+    """A network of this shape with random weights, made on the device: large shapes do not pass through the host."""
+    network = config.build(device="meta").to(dtype).to_empty(device=device).eval()
+    if config.tied:
+        network.head.weight = network.embedding.weight
+    generator = torch.Generator(device).manual_seed(0)
+    for name, parameter in network.named_parameters():
+        last = name.rpartition(".")[2]
+        if last == "A_log":
+            parameter.copy_(torch.arange(1, parameter.shape[1] + 1, device=device).log().expand_as(parameter))
+        elif last == "dt_bias":
+            parameter.uniform_(-7, -2, generator=generator)
+        elif parameter.ndim == 1:
+            parameter.fill_(0 if last.endswith("bias") else 1)
+        else:
+            parameter.normal_(0, parameter.shape[1] ** -0.5, generator=generator)
+    return network
+
+
+def copy_bandwidth(device: torch.device | str, size: int = 1 << 30) -> float:
+    """Bytes a second of a large copy on the device, reading and writing counted."""
+    source = torch.zeros(size, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    seconds, _ = _timed(lambda: target.copy_(source), torch.device(device), inner=4, repeats=5)
+    return 2 * size / seconds
+
+
+def _timed(work: Callable[[], object], device: torch.device, *, inner: int, repeats: int) -> tuple[float, float]:
+    """-> (median seconds of one call, spread): `inner` calls at a time, by the device's own clock on a GPU."""
+    work()
+    times = []
+    for _ in range(repeats):
+        if device.type == "cuda":
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start.record()
+            for _ in range(inner):
+                work()
+            end.record()
+            torch.cuda.synchronize(device)
+            times.append(start.elapsed_time(end) / 1e3 / inner)
+        else:
+            began = time.perf_counter()
+            for _ in range(inner):
+                work()
+            times.append((time.perf_counter() - began) / inner)
+    median = statistics.median(times)
+    return median, (max(times) - min(times)) / median
+
+
+@torch.no_grad()
+def fill_state(state: NetworkState, position: int) -> None:
+    """Random caches, as if `position` tokens had been read."""
+    for name, tensor in named_tensors(state):
+        if name.endswith("position"):
+            tensor.fill_(position)
+        elif tensor.numel():
+            tensor.normal_()
+
+
+def step_state_bytes(state: NetworkState, position: int) -> int:
+    """Bytes of the state that one step reads and writes: recurrent sums and columns both ways, of rings the keys."""
+    total = 0
+    for name, tensor in named_tensors(state):
+        size = tensor.numel() * tensor.element_size()
+        if name.endswith((".k", ".v")):
+            slots = tensor.shape[1]
+            total += size * min(position, slots) // max(slots, 1)
+        else:
+            total += 2 * size
+    return total
+
+
+def weight_bytes(network: Network) -> int:
+    """Bytes of the weights that one step reads: all but an embedding that is not the head too."""
+    names = {} if network.head.weight is network.embedding.weight else {"embedding.weight"}
+    return sum(p.numel() * p.element_size() for name, p in network.named_parameters() if name not in names)
+
+
+def measure_decode(
+    config: ModelConfig | Network,
+    batch: int,
+    *,
+    position: int = 0,
+    captured: bool = True,
+    drawing: Drawing = "none",
+    dtype: torch.dtype = torch.bfloat16,
+    device: torch.device | str = "cuda",
+    steps: int = 64,
+    repeats: int = 5,
+    bandwidth: float | None = None,
+) -> DecodeTime:
+    """Time one decoded step of `batch` rows that each have read `position` tokens, their caches random.
+
+    Args:
+        config: a shape, which gets random weights; or a network.
+        batch: rows.
+        position: of the first step timed; the steps go on from there.
+        captured: with CUDA graphs; else each kernel launched from Python, as on a CPU.
+        drawing: what chooses the next token: nothing, the device (see `draw_on_device`), or a copy of the logits to the
+            host and back in every step.
+        dtype: of a network made here.
+        device: of a network made here.
+        steps: timed together.
+        repeats: of the timing; the median counts.
+        bandwidth: bytes a second that the floor counts with; measured here if absent.
+
+    Raises:
+        UserError: if a number is below 1, or the position below 0.
+    """
+    if batch < 1 or steps < 1 or repeats < 1 or position < 0:
+        raise UserError("decode: batch, steps and repeats must be at least 1, position at least 0")
+    network = config if isinstance(config, Network) else random_network(config, device, dtype)
+    where = network.embedding.weight.device
+    total = steps * (repeats + 2)
+    decoder = Decoder(network, batch, capacity=position + total, buckets=[batch])
+    fill_state(decoder.state, position)
+    work = _decoding(decoder, batch, captured and where.type == "cuda", drawing)
+    for _ in range(3):
+        work()
+    fill_state(decoder.state, position)
+    seconds, spread = _timed(work, where, inner=steps, repeats=repeats)
+    speed = bandwidth or copy_bandwidth(where, 1 << 30 if where.type == "cuda" else 1 << 26)
+    read, states = weight_bytes(network), step_state_bytes(decoder.state, position + total // 2)
+    return DecodeTime(
+        milliseconds=seconds * 1e3,
+        spread=spread,
+        floor_milliseconds=(read + states) / speed * 1e3,
+        weight_bytes=read,
+        state_bytes=states,
+        copy_gigabytes_per_second=speed / 1e9,
+        batch=batch,
+        position=position,
+        captured=captured and where.type == "cuda",
+        drawing=drawing,
+        dtype=str(network.head.weight.dtype).removeprefix("torch."),
+        device=torch.cuda.get_device_name(where) if where.type == "cuda" else "cpu",
+    )
+
+
+def _decoding(decoder: Decoder, batch: int, captured: bool, drawing: Drawing) -> Callable[[], None]:
+    """One step, drawn as asked for."""
+    host = torch.empty(batch, 1, dtype=torch.int64, pin_memory=decoder.device.type == "cuda")
+
+    def none() -> None:
+        decoder.step(batch, capture=captured)
+
+    def on_host() -> None:
+        host[:, 0] = decoder.logits.cpu().argmax(-1)
+        decoder.tokens.copy_(host, non_blocking=True)
+        decoder.step(batch, capture=captured)
+
+    if drawing == "none":
+        return none
+    if drawing == "host":
+        return on_host
+    return lambda: decoder.advance(batch, drawing)
+
+
+def measure_prefill(
+    config: ModelConfig | Network,
+    length: int,
+    batch: int = 1,
+    *,
+    piece: int | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+    device: torch.device | str = "cuda",
+    repeats: int = 3,
+) -> PrefillTime:
+    """Time reading `batch` prompts of `length` random tokens, in pieces of `piece` tokens of each row.
+
+    Memory is bounded by the piece; by default all rows of a piece have 8192 tokens together, on a CPU 256.
+
+    Raises:
+        UserError: if a number is below 1.
+    """
+    if length < 1 or batch < 1 or repeats < 1 or (piece is not None and piece < 1):
+        raise UserError("prefill: length, batch, piece and repeats must be at least 1")
+    network = config if isinstance(config, Network) else random_network(config, device, dtype)
+    where = network.embedding.weight.device
+    size = min(length, piece or max(1, (8192 if where.type == "cuda" else 256) // batch))
+    tokens = torch.randint(network.config.vocab_size, (batch, length), device=where)
+
+    @torch.inference_mode()
+    def work() -> None:
+        state = network.init_state(batch)
+        if length > size:
+            state = network.resized(state, length)
+        for start in range(0, length, size):
+            last = start + size >= length
+            output = network(tokens[:, start : start + size], state, logits="last" if last else "none")
+            assert output.state is not None
+            state = output.state
+
+    if where.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(where)
+    seconds, spread = _timed(work, where, inner=1, repeats=repeats)
+    return PrefillTime(
+        milliseconds=seconds * 1e3,
+        spread=spread,
+        length=length,
+        batch=batch,
+        piece=size,
+        peak_bytes=torch.cuda.max_memory_allocated(where) if where.type == "cuda" else 0,
+        dtype=str(network.head.weight.dtype).removeprefix("torch."),
+        device=torch.cuda.get_device_name(where) if where.type == "cuda" else "cpu",
+    )

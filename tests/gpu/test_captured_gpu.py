@@ -1,0 +1,175 @@
+"""Captured decoding on a GPU: the graphs compute what the network computes, and never wait for the host."""
+
+import pytest
+import torch
+
+from milonga.inference.captured import CapturedRunner, Decoder
+from milonga.inference.runner import NetworkRunner
+from milonga.layers import AttentionConfig, MambaConfig, SwiGLUConfig
+from milonga.models import ModelConfig
+from milonga.ops.decode_step import ERROR_BOUND, MambaWeights, Norm, ReplayInputs, reference, triton
+from milonga.state import clone, named_tensors, select
+from tests.laws.test_laws import SPLIT_BOUND, assert_same_state
+from tests.ops.helpers import relative_rms
+
+pytestmark = pytest.mark.gpu
+
+SAMBA = ModelConfig(
+    vocab_size=256,
+    d_model=64,
+    pattern="mamba mlp swa mlp",
+    repeats=2,
+    layers={
+        "mamba": MambaConfig(),
+        "swa": AttentionConfig(heads=4, kv_heads=2, head_dim=32, window=7),
+        "mlp": SwiGLUConfig(d_hidden=96),
+    },
+)
+CONFIGS = {
+    "samba": SAMBA,
+    "growing": SAMBA.replace_layer("swa", window=None),
+    "conv": SAMBA.replace_layer("swa", short_conv=3),
+    "mamba": SAMBA.replace(pattern="mamba", repeats=3, norm="layer_norm", tied=False),
+}
+every_model = pytest.mark.parametrize("name", list(CONFIGS))
+
+
+def network_of(name: str, dtype: torch.dtype = torch.float32):
+    network = CONFIGS[name].build(seed=0)
+    with torch.no_grad():
+        network.embedding.weight.mul_(20)
+    return network.cuda().to(dtype).eval()
+
+
+def read(network, tokens, state=None):
+    with torch.no_grad():
+        output = network(tokens, state, logits="last")
+    return output.logits, output.state
+
+
+@every_model
+def test_steps_in_place_are_the_network(name: str) -> None:
+    network = network_of(name)
+    tokens = torch.randint(256, (3, 40)).cuda()
+    decoder = Decoder(network, 4, capacity=64)
+    logits, state = read(network, tokens[:, :17])
+    for row in range(3):
+        decoder.load(row, select(state, [row]), logits[row])
+    for t in range(17, 40):
+        decoder.tokens[:3].copy_(tokens[:, t : t + 1])
+        decoder.step(4)
+        logits, state = read(network, tokens[:, t : t + 1], state)
+        assert relative_rms(decoder.logits[:3], logits) <= SPLIT_BOUND
+    for row in range(3):
+        assert_same_state(decoder.take(row, 40)[0], select(state, [row]))
+
+
+@every_model
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_row_is_the_same_beside_any_others(name: str, dtype: torch.dtype) -> None:
+    """To the last bit: alone in a bucket, and at another place beside other texts and NaN."""
+    network = network_of(name, dtype)
+    tokens = torch.randint(256, (4, 30)).cuda()
+    logits, state = read(network, tokens[:1, :9])
+    alone, crowded = Decoder(network, 4, capacity=64, buckets=[4]), Decoder(network, 4, capacity=64, buckets=[4])
+    alone.load(0, state, logits[0])
+    crowded.load(2, state, logits[0])
+    for row in (0, 1):
+        crowded.load(
+            row, *(part if index == 0 else part[0] for index, part in enumerate(read(network, tokens[1:2])[::-1]))
+        )
+    with torch.no_grad():
+        crowded.logits[3].fill_(float("nan"))
+    for t in range(9, 30):
+        alone.tokens[0, 0], crowded.tokens[2, 0] = tokens[0, t], tokens[0, t]
+        crowded.tokens[[0, 1, 3], 0] = tokens[1:, t]
+        alone.step(4)
+        crowded.step(4)
+        assert torch.equal(alone.logits[0], crowded.logits[2])
+
+
+@every_model
+def test_a_captured_runner_is_a_runner(name: str) -> None:
+    network = network_of(name)
+    plain, captured = NetworkRunner(network), CapturedRunner(network, 2, capacity=64)
+    tokens = torch.randint(256, (2, 60)).cuda()
+    _, theirs = read(network, tokens[:, :11])
+    mine, at = clone(theirs), 11
+    with torch.no_grad():
+        for length, keep in ((3, [1, 3]), (4, [4, 0]), (7, [2, 5]), (1, [1, 0]), (8, [8, 7])):
+            piece = tokens[:, at : at + length]
+            expected, trace = plain.verify(piece, theirs)
+            got, captured_trace = captured.verify(piece, mine)
+            assert relative_rms(got[:, :length], expected) <= SPLIT_BOUND
+            for kept in ([0, length], keep):
+                theirs_after, mine_after = (
+                    plain.commit(theirs, trace, kept),
+                    captured.commit(mine, captured_trace, kept),
+                )
+                assert_same_state(mine_after, theirs_after)
+            logits, theirs = plain.step(piece[:, -1:], theirs_after)
+            behind, mine = captured.step(piece[:, -1:], mine_after)
+            assert relative_rms(behind, logits) <= SPLIT_BOUND
+            at += length
+
+
+@every_model
+def test_commit_in_place_does_not_wait(name: str) -> None:
+    network = network_of(name)
+    _, state = read(network, torch.randint(256, (2, 9)).cuda())
+    with torch.no_grad():
+        state = network.resized(state, 32)
+        trace = network(torch.randint(256, (2, 5)).cuda(), state, traced=True).trace
+        keep = torch.tensor([2, 5])
+        expected, device_keep = network.commit(state, trace, keep), keep.cuda()
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            network.commit_(state, trace, device_keep)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert_same_state(state, expected)
+
+
+@pytest.mark.parametrize("batch", [1, 16, 33])
+def test_the_mamba_step_of_a_large_shape(batch: int) -> None:
+    width, inner, rank, states, taps = 1792, 3584, 112, 16, 4
+    matrix = lambda rows, columns: torch.randn(rows, columns, device="cuda") / columns**0.5  # noqa: E731
+    vector = lambda *shape: torch.randn(*shape, device="cuda")  # noqa: E731
+    norm = Norm(vector(width), vector(width), 1e-5)
+    weights = MambaWeights(
+        matrix(2 * inner, width), vector(inner, taps), vector(inner), matrix(rank + 2 * states, inner),
+        matrix(inner, rank), vector(inner, states), vector(inner), vector(inner) - 3, matrix(width, inner),
+    )  # fmt: skip
+    x, conv, ssm = vector(batch, width), vector(batch, taps - 1, inner), vector(batch, inner, states)
+    wide = [
+        tuple.__new__(type(v), [p.double() if isinstance(p, torch.Tensor) else p for p in v]) for v in (norm, weights)
+    ]
+    exact_conv, exact_ssm = conv.double(), ssm.double()
+    with torch.no_grad():
+        got = triton.mamba_step_(x, norm, weights, conv, ssm)
+        expected = reference.mamba_step_reference(x.double(), *wide, exact_conv, exact_ssm)
+    assert relative_rms(got, expected) <= ERROR_BOUND
+    assert relative_rms(ssm, exact_ssm) <= ERROR_BOUND and relative_rms(conv, exact_conv) <= ERROR_BOUND
+
+
+def test_replay_of_a_large_shape() -> None:
+    vector = lambda *shape: torch.randn(*shape, device="cuda")  # noqa: E731
+    inputs = ReplayInputs(vector(4, 8, 7168)[..., :3584], vector(4, 8, 3584), vector(4, 8, 3584) - 3, vector(4, 8, 16))
+    A_log, bias, conv, ssm = vector(3584, 16), vector(3584), vector(4, 3, 3584), vector(4, 3584, 16)
+    exact_conv, exact_ssm = conv.double(), ssm.double()
+    triton.mamba_replay_(inputs, A_log, bias, torch.tensor([0, 1, 5, 8]).cuda(), conv, ssm)
+    wide = ReplayInputs(*(value.double() for value in inputs))
+    reference.mamba_replay_reference(wide, A_log.double(), bias.double(), [0, 1, 5, 8], exact_conv, exact_ssm)
+    assert relative_rms(ssm, exact_ssm) <= ERROR_BOUND and torch.equal(conv.double(), exact_conv)
+
+
+def test_a_moved_row_leaves_nothing_behind() -> None:
+    network = network_of("samba")
+    decoder = Decoder(network, 2)
+    logits, state = read(network, torch.randint(256, (1, 9)).cuda())
+    decoder.load(0, state, logits[0])
+    decoder.move(0, 1)
+    decoder.clear(0)
+    assert not any(tensor[0].any() for _, tensor in named_tensors(decoder.state))
+    assert_same_state(decoder.take(1, 9)[0], state, 0.0)
