@@ -21,6 +21,7 @@ class DataConfig(BaseModel):
             globs, `bundled:heldout`, or of documents of `paths`, as `document:NAME-OR-GLOB`. An empty list holds
             nothing out. Files named here are left out of `paths`.
         heldout_tail: with a fraction, hold out the end of the last document: for a text of a single document.
+        tokenizer: a `tokenizer.json` that `milonga tokenizer train` made, for a model of subwords; None for bytes.
         text_field: the field of `.jsonl` lines and the column of `.parquet` files that hold the text.
         separator: what follows each document, as text; empty for nothing.
         isolate: whether documents are kept apart where several fall into one window.
@@ -32,6 +33,7 @@ class DataConfig(BaseModel):
     paths: Paths = Field(min_length=1)
     heldout: Annotated[float, Field(gt=0, lt=1)] | Paths = 0.05
     heldout_tail: bool = False
+    tokenizer: Annotated[str, Field(min_length=1)] | None = None
     text_field: str = Field(default="text", min_length=1)
     separator: str = ""
     isolate: bool = True

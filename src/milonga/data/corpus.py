@@ -1,27 +1,35 @@
 """Documents prepared once into a memory-mapped cache, and views of them."""
 
 import hashlib
-import json
 import math
 import os
-import struct
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterable, Iterator, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import BinaryIO, overload
+from typing import overload
 
 import numpy as np
 
+from milonga.data.corpus_cache import (
+    BYTES,
+    DOCUMENTS,
+    FORMAT,
+    NAMES,
+    TOKENS,
+    CacheWriter,
+    Progress,
+    inputs_key,
+    read_index,
+    stored_codec,
+    stored_key,
+)
 from milonga.data.permutation import mix
-from milonga.data.readers import Reading, Source, find_sources, read_documents
+from milonga.data.readers import find_sources
+from milonga.data.text import ByteCodec, TextCodec
 from milonga.errors import UserError
-from milonga.files import FolderLock, atomic_write, remove_partials, write_atomically
+from milonga.files import FolderLock, remove_partials
 
-Progress = Callable[[int, int | None], None]
-
-_FORMAT = 1
-_TOKENS, _DOCUMENTS, _NAMES, _INDEX = "tokens.bin", "documents.bin", "names.bin", "index.json"
+_BLOCK = 1 << 20  # tokens that are looked at at once
 
 
 class Names(Sequence[str]):
@@ -64,12 +72,15 @@ class Corpus:
     """Documents, end to end, memory-mapped; or some of the documents of such a corpus.
 
     Attributes:
-        tokens: uint8, the bytes of the whole cache; a view shares them.
+        tokens: the ids of the whole cache, of the codec's dtype; a view shares them.
         starts: int64 [documents], where each document starts in `tokens`.
         offsets: int64 [documents + 1], where each document starts among the documents of this view, and their total.
         names: the documents' names.
-        fingerprint: SHA-256 of the content (bytes and boundaries), as 64 hexadecimal digits.
+        fingerprint: SHA-256 of the content (tokens, boundaries and tokenizer), as 64 hexadecimal digits.
+        separator: bytes that follow each document when windows are cut.
         skipped: names of some files that held no text and are not in the corpus (at most 1000 are kept).
+        codec: what made the tokens; documents are encoded one by one.
+        document_bytes: int64 [documents], the bytes of each document's text.
     """
 
     def __init__(
@@ -81,9 +92,14 @@ class Corpus:
         fingerprint: str,
         separator: bytes = b"",
         skipped: tuple[str, ...] = (),
+        codec: TextCodec | None = None,
+        document_bytes: np.ndarray | None = None,
     ):
         self.tokens, self.starts, self.offsets, self.names = tokens, starts, offsets, names
         self.fingerprint, self.separator, self.skipped = fingerprint, separator, skipped
+        self.codec: TextCodec = codec or ByteCodec()
+        assert document_bytes is not None or self.codec.name == ByteCodec.name, "only bytes count themselves"
+        self.document_bytes = np.diff(offsets) if document_bytes is None else document_bytes
 
     @classmethod
     def build(
@@ -94,6 +110,7 @@ class Corpus:
         text_field: str = "text",
         separator: bytes = b"",
         exclude: Iterable[str | os.PathLike[str]] = (),
+        codec: TextCodec | None = None,
         progress: Progress | None = None,
     ) -> "Corpus":
         """Read files, folders, globs and archives into `folder`, or open what an earlier call put there.
@@ -103,10 +120,11 @@ class Corpus:
 
         Args:
             paths: see `milonga.data.readers.find_sources`; `bundled:train` and `bundled:heldout` are names too.
-            folder: holds `tokens.bin`, `documents.bin`, `names.bin` and, written last, `index.json`.
+            folder: holds the cache, see `milonga.data.corpus_cache`.
             text_field: the field of `.jsonl` lines and the column of `.parquet` files that hold the text.
             separator: bytes that follow each document when windows are cut; not part of the cache.
             exclude: files found in `paths` that are to be left out, such as the held-out ones.
+            codec: what encodes each document, by itself; None for bytes.
             progress: called with bytes of the source files read so far, and their total.
 
         Raises:
@@ -117,13 +135,14 @@ class Corpus:
         sources = [source for source in find_sources(paths) if os.path.realpath(source.path) not in left_out]
         if not sources:
             raise UserError("data: every file to train on is held out: name others for one of the two")
-        key = _inputs_key(sources, text_field)
+        codec = codec or ByteCodec()
+        key = inputs_key(sources, text_field, codec)
         folder = Path(folder)
-        if _stored_key(folder) != key:
+        if stored_key(folder) != key:
             with FolderLock(folder):
                 remove_partials(folder)
-                if _stored_key(folder) != key:  # another process may have been quicker
-                    _Writer(folder, key).write(sources, text_field, progress)
+                if stored_key(folder) != key:  # another process may have been quicker
+                    CacheWriter(folder, key, codec).write(sources, text_field, progress)
         return cls.open(folder, separator=separator)
 
     @classmethod
@@ -134,16 +153,19 @@ class Corpus:
             UserError: if there is none, it is damaged, or a newer version wrote it.
         """
         folder = Path(folder)
-        index = _read_index(folder)
+        index = read_index(folder)
         if index is None:
             raise UserError(f"data: {folder} holds no prepared corpus (or a damaged one): build it from its files")
-        if index["format"] > _FORMAT:
+        if index["format"] > FORMAT:
             raise UserError(f"data: {folder} was prepared by a newer version of milonga: update, or remove the folder")
-        table = np.memmap(folder / _DOCUMENTS, dtype="<i8", mode="r").reshape(-1, 2)
+        codec = stored_codec(folder, index)
+        table = np.memmap(folder / DOCUMENTS, dtype="<i8", mode="r").reshape(-1, 2)
         offsets, ends = table[:, 0], table[:, 1]
-        tokens = np.memmap(folder / _TOKENS, dtype=np.uint8, mode="r")
-        names = Names(np.memmap(folder / _NAMES, dtype=np.uint8, mode="r"), ends)
-        return cls(tokens, offsets[:-1], offsets, names, index["fingerprint"], separator, tuple(index["skipped"]))
+        tokens = np.memmap(folder / TOKENS, dtype=codec.dtype.newbyteorder("<"), mode="r")
+        names = Names(np.memmap(folder / NAMES, dtype=np.uint8, mode="r"), ends)
+        lengths = np.memmap(folder / BYTES, dtype="<i8", mode="r") if "tokenizer" in index else None
+        skipped = tuple(index["skipped"])
+        return cls(tokens, offsets[:-1], offsets, names, index["fingerprint"], separator, skipped, codec, lengths)
 
     @property
     def documents(self) -> int:
@@ -153,10 +175,15 @@ class Corpus:
     @property
     def bytes(self) -> int:
         """How many bytes of text there are, separators not counted."""
+        return int(self.document_bytes.sum())
+
+    @property
+    def length(self) -> int:
+        """How many tokens there are, separators not counted; for bytes the same."""
         return int(self.offsets[-1])
 
     def document(self, index: int) -> np.ndarray:
-        """The bytes of one document, uint8, read-only, mapped from the file.
+        """The tokens of one document, read-only, mapped from the file; for bytes the text itself, uint8.
 
         Raises:
             IndexError: if there is no such document.
@@ -179,16 +206,18 @@ class Corpus:
     def select(self, ids: Sequence[int] | np.ndarray) -> "Corpus":
         """A view of some documents, in the order given; memory in proportion to their number."""
         chosen = np.asarray(ids, dtype=np.int64)
-        return self._view(chosen, self.starts[chosen], np.diff(self.offsets)[chosen])
+        return self._view(chosen, self.starts[chosen], np.diff(self.offsets)[chosen], self.document_bytes[chosen])
 
-    def _view(self, ids: np.ndarray, starts: np.ndarray, lengths: np.ndarray) -> "Corpus":
+    def _view(self, ids: np.ndarray, starts: np.ndarray, lengths: np.ndarray, document_bytes: np.ndarray) -> "Corpus":
         starts, lengths = np.asarray(starts, np.int64), np.asarray(lengths, np.int64)
         offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)])
         digest = hashlib.sha256(self.fingerprint.encode())
         for array in (starts, lengths):
             digest.update(array.astype("<i8").tobytes())
         names = self.names.take(ids)
-        return Corpus(self.tokens, starts, offsets, names, digest.hexdigest(), self.separator, self.skipped)
+        fingerprint, separator = digest.hexdigest(), self.separator
+        held = np.asarray(document_bytes, np.int64)
+        return Corpus(self.tokens, starts, offsets, names, fingerprint, separator, self.skipped, self.codec, held)
 
     def split(
         self, holdout: float | Sequence[str], seed: int = 0, *, holdout_tail: bool = False
@@ -225,7 +254,7 @@ class Corpus:
                 f"data: there is a single document ({self.names[0]}), so none can be held out: name a separate file in "
                 "data.heldout, or set data.heldout_tail=true to hold out its last part"
             )
-        lengths = np.diff(self.offsets)
+        lengths = self.document_bytes
         target = fraction * self.bytes
         held = np.zeros(self.documents, bool)
         taken = 0
@@ -254,102 +283,30 @@ class Corpus:
         return held
 
     def _split_tail(self, fraction: float) -> tuple["Corpus", "Corpus"]:
-        last = self.document(-1)
-        cut = len(last) - max(1, min(math.ceil(fraction * self.bytes), len(last) // 2))
-        while cut < len(last) - 1 and (int(last[cut]) & 0xC0) == 0x80:  # inside a UTF-8 character
-            cut += 1
-        if cut < 1:
+        last, size = self.document(-1), int(self.document_bytes[-1])
+        head = size - max(1, min(math.ceil(fraction * self.bytes), size // 2))
+        cut, head = self._first_token_from(last, head)
+        if not 0 < cut < len(last):
             raise UserError(f"data: the document {self.names[-1]} is too short to hold out a part of it")
-        ids, lengths = np.arange(self.documents), np.diff(self.offsets)
-        head_lengths = lengths.copy()
-        head_lengths[-1] = cut
+        ids, lengths, in_bytes = np.arange(self.documents), np.diff(self.offsets), self.document_bytes.copy()
+        lengths[-1], in_bytes[-1] = cut, head
         tail_start = self.starts[-1:] + cut
-        return self._view(ids, self.starts, head_lengths), self._view(ids[-1:], tail_start, lengths[-1:] - cut)
+        return self._view(ids, self.starts, lengths, in_bytes), self._view(
+            ids[-1:], tail_start, np.array([len(last) - cut]), np.array([size - head])
+        )
 
-
-def _inputs_key(sources: list[Source], text_field: str) -> str:
-    digest = hashlib.sha256(json.dumps([_FORMAT, text_field]).encode())
-    for source in sources:
-        stat = source.path.stat()
-        entry = [os.path.abspath(source.path), source.name, source.asked, stat.st_size, stat.st_mtime_ns]
-        digest.update(json.dumps(entry).encode())
-    return digest.hexdigest()
-
-
-def _read_index(folder: Path) -> dict | None:
-    """The index of a whole cache in `folder`; None if there is none or a part is missing or of another size."""
-    try:
-        index = json.loads((folder / _INDEX).read_text())
-        whole = all((folder / name).stat().st_size == size for name, size in index["sizes"].items())
-        needed = {"format", "key", "fingerprint", "skipped"} <= index.keys()
-    except (OSError, ValueError, KeyError, AttributeError, TypeError):
-        return None
-    return index if whole and needed and isinstance(index["format"], int) else None
-
-
-def _stored_key(folder: Path) -> str | None:
-    index = _read_index(folder)
-    return None if index is None else index["key"]
-
-
-class _Writer:
-    """Writes the files of one cache; `index.json` comes last, so that a cache is whole or not there."""
-
-    def __init__(self, folder: Path, key: str):
-        self.folder, self.key = folder, key
-        self.skipped: list[str] = []
-        self.bytes = self.documents = self.name_bytes = 0
-        self.content, self.boundaries = hashlib.sha256(), hashlib.sha256()
-
-    def write(self, sources: list[Source], text_field: str, progress: Progress | None) -> None:
-        total = sum(source.path.stat().st_size for source in sources)
+    def _first_token_from(self, document: np.ndarray, position: int) -> tuple[int, int]:
+        """The first token at byte `position` of a document or behind it that does not start inside a UTF-8 character:
+        -> (its index, the byte at which it starts)."""
         done = 0
-
-        def on_read(count: int) -> None:
-            nonlocal done
-            done += count
-            if progress is not None and count:
-                progress(min(done, total), total)
-
-        with ExitStack() as stack:
-            # the tokens are the innermost: when the disk fills up, it is their file that is named
-            files = [stack.enter_context(atomic_write(self.folder / n)) for n in (_NAMES, _DOCUMENTS, _TOKENS)]
-            files[1].write(struct.pack("<qq", 0, 0))
-            for document in read_documents(sources, Reading(text_field, on_read, self._skip)):
-                self._add(document.name, document.pieces, files)
-            if not self.documents:
-                where = ", ".join(str(source.path) for source in sources[:3]) + (", ..." if len(sources) > 3 else "")
-                raise UserError(f"data: no text in {where}: all of it is empty or not text")
-            (self.folder / _INDEX).unlink(missing_ok=True)  # from here to the end there is no cache
-        self._write_index()
-
-    def _skip(self, name: str) -> None:
-        if len(self.skipped) < 1000:
-            self.skipped.append(name)
-
-    def _add(self, name: str, pieces: Iterable[bytes], files: list[BinaryIO]) -> None:
-        before = self.bytes
-        for piece in pieces:
-            files[2].write(piece)
-            self.content.update(piece)
-            self.bytes += len(piece)
-        assert self.bytes > before, "readers skip what is empty"
-        encoded = name.encode("utf-8", "surrogateescape")
-        files[0].write(encoded)
-        self.name_bytes += len(encoded)
-        self.documents += 1
-        files[1].write(struct.pack("<qq", self.bytes, self.name_bytes))
-        self.boundaries.update(struct.pack("<q", self.bytes))
-
-    def _write_index(self) -> None:
-        self.content.update(self.boundaries.digest())
-        index = {
-            "format": _FORMAT,
-            "key": self.key,
-            "fingerprint": self.content.hexdigest(),
-            "documents": self.documents,
-            "bytes": self.bytes,
-            "skipped": self.skipped,
-            "sizes": {_TOKENS: self.bytes, _DOCUMENTS: 16 * (self.documents + 1), _NAMES: self.name_bytes},
-        }
-        write_atomically(self.folder / _INDEX, json.dumps(index, indent=1) + "\n")
+        for block in range(0, len(document), _BLOCK):
+            lengths = self.codec.token_lengths[document[block : block + _BLOCK]]
+            if done + int(lengths.sum()) <= position:
+                done += int(lengths.sum())
+                continue
+            for index, length in enumerate(lengths.tolist(), start=block):
+                first = self.codec.token_bytes[int(document[index])][0]
+                if done >= position and (first & 0xC0 != 0x80 or index == len(document) - 1):
+                    return index, done
+                done += length
+        return len(document), done

@@ -9,6 +9,7 @@ import torch
 
 from milonga.data.corpus import Corpus
 from milonga.data.permutation import draw, permute
+from milonga.data.text import ByteCodec
 from milonga.errors import UserError
 from milonga.segments import Segments
 
@@ -17,16 +18,18 @@ _PHASE, _ORDER = 1, 2  # which use of the seed a number is drawn for
 
 
 class Batch(NamedTuple):
-    """One step's text. B rows of T bytes, as `[B, T]`, or laid end to end as `[1, B*T]` with segments.
+    """One step's text. B rows of T tokens, as `[B, T]`, or laid end to end as `[1, B*T]` with segments.
 
     Attributes:
         tokens: int64 `[B, T]`, or `[1, B*T]` when packed.
-        targets: int64, same shape: the byte after each token, or -100 where there is none to predict.
+        targets: int64, same shape: the token after each token, or -100 where there is none to predict.
         segments: None when no document starts inside a row (or documents are not isolated); else the sequences of the
             packed batch: one starts with every row and with every document. B <= S.
         first: int64 [B], the sequence that starts row r: with states carried, it goes on from row r's state.
         last: int64 [B], the sequence that ends row r: its final state is row r's state for the next step.
         fresh: bool [B], whether row r starts from the empty state. Always, unless states are carried.
+        bytes: of the text that the tokens stand for: for bytes, their number.
+        target_bytes: the same of the targets, by which losses are divided to give bits per byte.
     """
 
     tokens: torch.Tensor
@@ -35,19 +38,23 @@ class Batch(NamedTuple):
     first: torch.Tensor
     last: torch.Tensor
     fresh: torch.Tensor
+    bytes: int
+    target_bytes: int
 
 
 class Ring:
     """The documents of a corpus end to end, each followed by the separator, and the last by the first.
+
+    Positions and lengths are in tokens.
 
     Args:
         corpus: the documents, and the separator that follows each.
     """
 
     def __init__(self, corpus: Corpus):
-        self.corpus, self.gap = corpus, len(corpus.separator)
-        self.length = corpus.bytes + corpus.documents * self.gap
-        self._separator = np.frombuffer(corpus.separator, np.uint8)
+        self._separator = corpus.codec.encode(corpus.separator)
+        self.corpus, self.gap = corpus, len(self._separator)
+        self.length = corpus.length + corpus.documents * self.gap
 
     def start(self, index: int) -> int:
         """Where document `index` starts; for `index` = documents, the length of the ring."""
@@ -58,10 +65,10 @@ class Ring:
         return bisect_right(range(self.corpus.documents), position, key=self.start) - 1
 
     def read(self, position: int, count: int) -> tuple[np.ndarray, np.ndarray]:
-        """`count` bytes from `position` on, and where documents start among them.
+        """`count` tokens from `position` on, and where documents start among them.
 
         Returns:
-            The bytes, int64 [count], and ascending positions of 0..count-1, int64.
+            The tokens, int64 [count], and ascending positions of 0..count-1, int64.
         """
         out = np.empty(count, np.int64)
         starts = []
@@ -87,20 +94,20 @@ class WindowSampler:
 
     Independent windows (`carried=False`): each epoch tiles the ring anew, from a start that the seed and the epoch
     choose, and shows every window exactly once, in an order that they choose too. The ring's length modulo `window`
-    bytes are left out of an epoch, elsewhere in each. A batch may cross from one epoch to the next.
+    tokens are left out of an epoch, elsewhere in each. A batch may cross from one epoch to the next.
 
     Carried states (`carried=True`): row r of step N + 1 goes on where row r of step N ended, for ever, round the ring.
-    The rows start evenly spaced, from a place that the seed chooses, so in `steps_per_epoch` steps no byte is seen
+    The rows start evenly spaced, from a place that the seed chooses, so in `steps_per_epoch` steps no token is seen
     twice. Row states are reset (`fresh`) at step 0 and at the start of a document.
 
     Documents are kept apart (`isolate=True`): a document that starts inside a row starts a new sequence, and then the
-    whole batch comes packed. The first byte of a document is not a target, since nothing before it belongs to that
+    whole batch comes packed. The first token of a document is not a target, since nothing before it belongs to that
     document; with a separator it is one, predicted from the separator that precedes it. With `isolate=False` windows
-    run across documents as in the papers: never packed, every byte a target.
+    run across documents as in the papers: never packed, every token a target.
 
     Args:
         corpus: the documents.
-        window: T, bytes per row.
+        window: T, tokens per row.
         batch: B, rows per step.
         seed: chooses starts and order.
         carried: whether states are carried from step to step.
@@ -121,9 +128,10 @@ class WindowSampler:
         needed = window * batch if carried else window
         if self.ring.length < needed:
             shape = f"{batch} rows of {window}" if carried else f"one window of {window}"
+            unit = "bytes" if corpus.codec.name == ByteCodec.name else "tokens"
             raise UserError(
-                f"data: the text has {self.ring.length} bytes, which is less than {shape} bytes: give more text, or a "
-                f"smaller window{' or batch' if carried else ''}"
+                f"data: the text has {self.ring.length} {unit}, which is less than {shape} {unit}: give more text, or "
+                f"a smaller window{' or batch' if carried else ''}"
             )
 
     @property
@@ -133,14 +141,15 @@ class WindowSampler:
 
     @property
     def steps_per_epoch(self) -> float:
-        """Steps in which the rows see as many bytes as there are, but for a remainder of less than a window each."""
+        """Steps in which the rows see as many tokens as there are, but for a remainder of less than a window each."""
         if self.carried:
             return self.ring.length // (self.window * self.rows)
         return self.windows_per_epoch / self.rows
 
     def identity(self) -> dict[str, str | int | bool]:
         """What, besides the step, decides what is seen; JSON-ready. A resumed run compares it with its own."""
-        return {
+        codec = self.corpus.codec
+        return ({} if codec.name == ByteCodec.name else {"tokenizer": codec.digest}) | {
             "fingerprint": self.corpus.fingerprint,
             "separator": self.corpus.separator.hex(),
             "window": self.window,
@@ -196,6 +205,7 @@ class WindowSampler:
                     targets[row, starts[starts > 0] - 1] = IGNORED
         last = [*(number - 1 for number in first[1:]), len(bounds) - 1]
         packed = len(bounds) > rows
+        lengths = self.corpus.codec.token_lengths
         shape = (1, rows * time) if packed else (rows, time)
         return Batch(
             torch.from_numpy(tokens.reshape(shape)),
@@ -204,6 +214,8 @@ class WindowSampler:
             torch.tensor(first, dtype=torch.int64),
             torch.tensor(last, dtype=torch.int64),
             torch.from_numpy(fresh),
+            int(lengths[tokens].sum()),
+            int(lengths[targets[targets != IGNORED]].sum()),
         )
 
     def batches(self, start: int = 0) -> Iterator[Batch]:

@@ -3,6 +3,7 @@
     RUN/checkpoints/step-00000100/model.safetensors      weights and model config (`models/pretrained.py`)
                                   optimizer.safetensors  moments, named `parameter/moment`
                                   state.safetensors      the carried state, where training carries one
+                                  tokenizer.json         what made the tokens, for a model of subwords
                                   trainer.json           format, position, config, sha256 of each file
 
 A checkpoint is written to a hidden folder beside its place; every file is synced, then the folder is renamed.
@@ -15,10 +16,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from safetensors.torch import load_file
 from torch import Tensor
 
+from milonga.data.bpe import TOKENIZER, BpeCodec
+from milonga.data.text import TextCodec
 from milonga.errors import UserError
 from milonga.files import checksum, disk_errors, ensure_folder, fsync_folder, write_atomically
 from milonga.models import Network
@@ -36,9 +39,10 @@ class Position(BaseModel):
 
     Args:
         step: updates done; also the index of the next batch.
-        tokens: targets seen in all.
+        tokens: read in all.
+        bytes: of the text that they stand for.
         seconds: time spent, all sessions of the run together.
-        pending_nats, pending_tokens: losses since the last line of metrics.
+        pending_nats, pending_bytes: losses since the last line of metrics, and the bytes of text they are for.
         evaluation: bits per byte of the last evaluation.
     """
 
@@ -46,10 +50,20 @@ class Position(BaseModel):
 
     step: int = 0
     tokens: int = 0
+    bytes: int = 0
     seconds: float = 0.0
     pending_nats: float = 0.0
-    pending_tokens: int = 0
+    pending_bytes: int = 0
     evaluation: float | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_bytes_alone(cls, stored: object) -> object:
+        """Checkpoints from before there were subwords count tokens only: bytes."""
+        if isinstance(stored, dict) and "pending_tokens" in stored:
+            stored = {**stored, "bytes": stored.get("tokens", 0), "pending_bytes": stored["pending_tokens"]}
+            del stored["pending_tokens"]
+        return stored
 
 
 class Checkpoint(NamedTuple):
@@ -104,6 +118,7 @@ def save_checkpoint(
     state: Mapping[str, Tensor] | None,
     config: Mapping[str, Any],
     data: Mapping[str, Any],
+    codec: TextCodec | None = None,
     keep: int,
 ) -> Path:
     """Write the checkpoint of `position.step` and then delete all but the newest `keep`.
@@ -113,6 +128,7 @@ def save_checkpoint(
         state: the carried state's tensors by name.
         config: the run's resolved config, JSON-ready.
         data: what decides which samples a step sees (`WindowSampler.identity`).
+        codec: what made the tokens; a tokenizer is written beside the weights, which name its digest. None for bytes.
 
     Raises:
         UserError: if the disk is full or refuses; older checkpoints stay whole.
@@ -125,6 +141,10 @@ def save_checkpoint(
         with disk_errors(final):
             partial.mkdir()
         facts = {"run": str(config["name"]), "step": str(position.step), "tokens": str(position.tokens)}
+        facts["bytes"] = str(position.bytes)
+        if isinstance(codec, BpeCodec):
+            facts |= {"codec": codec.name, "tokenizer": codec.digest}
+            codec.save(partial / TOKENIZER)
         save_weights(network, partial / WEIGHTS, facts)
         save_tensors(optimizer, partial / OPTIMIZER, {"format": str(FORMAT)})
         if state is not None:

@@ -17,6 +17,7 @@ from pydantic import (
     model_validator,
 )
 
+from milonga.data.bpe import load_tokenizer
 from milonga.data.config import DataConfig
 from milonga.data.text import ByteCodec
 from milonga.errors import UserError, describe_validation
@@ -106,10 +107,10 @@ class RunConfig(BaseModel):
 
     @model_validator(mode="after")
     def _check(self) -> "RunConfig":
-        if self.model.vocab_size != ByteCodec.vocab_size:
+        if self.data.tokenizer is None and self.model.vocab_size != ByteCodec.vocab_size:
             raise ValueError(
                 f"model.vocab_size must be {ByteCodec.vocab_size}, because text is read as bytes, "
-                f"got {self.model.vocab_size}"
+                f"got {self.model.vocab_size}; for subwords set data.tokenizer (see milonga tokenizer train --help)"
             )
         return self
 
@@ -137,6 +138,7 @@ class RunConfig(BaseModel):
         for change in changes:
             set_key(settings, change)
         expand_preset(settings)  # `--set model=samba-421m`
+        fill_vocabulary(settings)
         return cls.parse(settings, str(recipe))
 
     def dump(self) -> str:
@@ -191,6 +193,18 @@ def expand_preset(settings: dict[str, Any]) -> None:
     elif isinstance(model, Mapping) and isinstance(model.get("preset"), str):
         changes = {key: value for key, value in model.items() if key != "preset"}
         settings["model"] = _merged(preset(model["preset"]).model_dump(mode="json"), changes)
+
+
+def fill_vocabulary(settings: dict[str, Any]) -> None:
+    """Put the tokenizer's vocabulary size where the model gives none.
+
+    Raises:
+        UserError: if the tokenizer cannot be read.
+    """
+    model, data = settings.get("model"), settings.get("data")
+    path = data.get("tokenizer") if isinstance(data, dict) else None
+    if isinstance(path, str) and isinstance(model, dict) and "vocab_size" not in model:
+        model["vocab_size"] = load_tokenizer(Path(path).expanduser()).vocab_size
 
 
 def _merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:

@@ -5,7 +5,7 @@ import math
 import torch
 
 from milonga.data.corpus import Corpus
-from milonga.data.windows import IGNORED, Batch, Ring, WindowSampler
+from milonga.data.windows import Batch, Ring, WindowSampler
 from milonga.training.step import Forward
 
 
@@ -30,14 +30,14 @@ class HeldOut:
         return self.sampler.batch(index)
 
     def bits_per_byte(self, network: Forward, *, device: torch.device, bf16: bool = False) -> float:
-        """The mean over all targets of all windows, each read from the empty state."""
-        nats, tokens = 0.0, 0
+        """Bits of all targets over the bytes that they stand for, each window read from the empty state."""
+        nats, count = 0.0, 0
         with torch.no_grad():
             for index in range(self.count):
                 batch = self.batch(index)
                 nats += batch_nats(network, batch, device=device, bf16=bf16)
-                tokens += int((batch.targets != IGNORED).sum())
-        return nats / max(1, tokens) / math.log(2)
+                count += batch.target_bytes
+        return nats / max(1, count) / math.log(2)
 
 
 def batch_nats(network: Forward, batch: Batch, *, device: torch.device, bf16: bool) -> float:

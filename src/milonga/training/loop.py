@@ -126,8 +126,9 @@ class _Loop:
             update={
                 "step": step + 1,
                 "tokens": position.tokens + batch.tokens.numel(),
+                "bytes": position.bytes + batch.bytes,
                 "pending_nats": position.pending_nats + result.nats,
-                "pending_tokens": position.pending_tokens + result.tokens,
+                "pending_bytes": position.pending_bytes + batch.target_bytes,
             }
         )
 
@@ -148,14 +149,14 @@ class _Loop:
         steps, elapsed = self.position.step - self.run.position.step, time.monotonic() - self.began
         if steps == 0 or elapsed <= 0:
             return None, None
-        rate = (self.position.tokens - self.run.position.tokens) / elapsed
+        rate = (self.position.bytes - self.run.position.bytes) / elapsed
         return rate, elapsed / steps * (self.run.steps - self.position.step)
 
     def _report(self, phase: Phase) -> None:
         position, (rate, left) = self.position, self._pace()
         bits = self.train_bits
-        if position.pending_tokens:
-            bits = position.pending_nats / position.pending_tokens / math.log(2)
+        if position.pending_bytes:
+            bits = position.pending_nats / position.pending_bytes / math.log(2)
         self.report(Progress(phase, position.step, self.run.steps, bits, rate, left))
 
     def _clock(self) -> dict[str, float | None]:
@@ -164,16 +165,16 @@ class _Loop:
 
     def _log_pending(self) -> None:
         position = self.position
-        self.train_bits = position.pending_nats / max(1, position.pending_tokens) / math.log(2)
+        self.train_bits = position.pending_nats / max(1, position.pending_bytes) / math.log(2)
         line = {
             "step": position.step,
             "bits_per_byte": self.train_bits,
             "learning_rate": self.lr,
             "grad_norm": self.grad_norm,
-            "bytes": position.tokens,
+            "bytes": position.bytes,
         }
         self.metrics.write(line | self._clock())
-        self.position = position.model_copy(update={"pending_nats": 0.0, "pending_tokens": 0})
+        self.position = position.model_copy(update={"pending_nats": 0.0, "pending_bytes": 0})
 
     def _evaluate(self) -> None:
         if self.run.heldout is None:
@@ -182,7 +183,7 @@ class _Loop:
         bf16 = self.training.precision == "bf16"
         bits = self.run.heldout.bits_per_byte(self.forward, device=self.run.device, bf16=bf16)
         self.position = self.position.model_copy(update={"evaluation": bits})
-        line = {"step": self.position.step, "heldout_bits_per_byte": bits, "bytes": self.position.tokens}
+        line = {"step": self.position.step, "heldout_bits_per_byte": bits, "bytes": self.position.bytes}
         self.metrics.write(line | self._clock())
 
     def _save(self) -> None:
@@ -197,6 +198,7 @@ class _Loop:
             state=None if self.state is None else to_flat(self.state),
             config=self.run.config.model_dump(mode="json"),
             data=self.run.sampler.identity(),
+            codec=self.run.sampler.corpus.codec,
             keep=self.training.keep,
         )
         self.saved_step = self.position.step
@@ -219,9 +221,9 @@ class _Loop:
             step=position.step,
             bits_per_byte=position.evaluation,
             train_bits_per_byte=self.train_bits,
-            bytes=position.tokens,
+            bytes=position.bytes,
             seconds=position.seconds,
-            bytes_per_second=position.tokens / max(position.seconds, 1e-9),
+            bytes_per_second=position.bytes / max(position.seconds, 1e-9),
             parameters=sum(parameter.numel() for parameter in self.run.network.parameters()),
         )
 

@@ -7,7 +7,9 @@ from typing import NamedTuple
 
 import torch
 
+from milonga.data.bpe import TOKENIZER, load_tokenizer
 from milonga.data.prepare import prepare
+from milonga.data.text import ByteCodec, TextCodec
 from milonga.data.windows import WindowSampler
 from milonga.errors import UserError
 from milonga.files import ensure_folder, remove_partials, write_atomically
@@ -89,7 +91,8 @@ def open_run(config: RunConfig, folder: Path, device: torch.device, *, resume: b
         check_tensorboard()
     if config.training.compile:
         _check_compiler(device)
-    sampler, heldout = _data(config, folder, progress)
+    codec = _codec(config, folder, resume=resume)
+    sampler, heldout = _data(config, folder, codec, progress)
     if checkpoint is not None and checkpoint.data != sampler.identity():
         changed = [key for key, value in sampler.identity().items() if checkpoint.data.get(key) != value]
         raise UserError(
@@ -155,12 +158,37 @@ def _load_weights(network: Network, checkpoint: Checkpoint, config: RunConfig) -
     load_tensors(network, path)
 
 
-def _data(config: RunConfig, folder: Path, progress: Callback) -> tuple[WindowSampler, HeldOut | None]:
+def _codec(config: RunConfig, folder: Path, *, resume: bool) -> TextCodec:
+    """What the run reads text with. A tokenizer is copied into the run's folder; a continued run takes that copy."""
+    if config.data.tokenizer is None:
+        return ByteCodec()
+    given, kept = Path(config.data.tokenizer).expanduser(), folder / TOKENIZER
+    continued = resume and kept.is_file()
+    codec = load_tokenizer(kept if continued else given)
+    if continued and given.is_file() and load_tokenizer(given) != codec:
+        raise UserError(
+            f"{folder}: cannot continue with another tokenizer: {given} has changed since the run began (it kept "
+            f"{kept}); put it back or remove it, or start a new run in another folder"
+        )
+    if config.model.vocab_size != codec.vocab_size:
+        raise UserError(
+            f"model.vocab_size is {config.model.vocab_size}, but the tokenizer {given} has {codec.vocab_size} tokens: "
+            f"set model.vocab_size={codec.vocab_size}, or train a tokenizer with --vocab-size {config.model.vocab_size}"
+        )
+    if not continued:
+        codec.save(kept)
+    return codec
+
+
+def _data(
+    config: RunConfig, folder: Path, codec: TextCodec, progress: Callback
+) -> tuple[WindowSampler, HeldOut | None]:
     training = config.training
     train, held = prepare(
         config.data,
         folder / DATA,
         seed=training.seed,
+        codec=codec,
         progress=lambda done, total: progress(Progress("reading", done, total)),
     )
     left_out = dict.fromkeys(name for corpus in (train, held) if corpus is not None for name in corpus.skipped)
