@@ -1,0 +1,58 @@
+"""What speculative decoding needs of a network: read a piece without moving, move by part of it, take one step."""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from milonga.layers.base import Trace
+from milonga.models.network import Network, NetworkState
+
+
+class Runner(Protocol):
+    """Runs one network on states of B rows. Calls come under `torch.inference_mode`.
+
+    An implementation may keep buffers of its own for the shapes that it meets; it pads `tokens` as it likes, as long as
+    the first T logits of every row are those of the T tokens.
+    """
+
+    def verify(
+        self, tokens: Int[Tensor, "B T"], state: NetworkState
+    ) -> tuple[Float[Tensor, "B P V"], tuple[Trace, ...]]:
+        """Read T tokens of every row: -> (logits behind each, P >= T; the trace for `commit`). The state stays."""
+        ...
+
+    def commit(self, state: NetworkState, trace: tuple[Trace, ...], keep: Sequence[int]) -> NetworkState:
+        """The state after the first `keep[b]` tokens of row b. The state stays, and the trace serves once more."""
+        ...
+
+    def step(self, tokens: Int[Tensor, "B 1"], state: NetworkState) -> tuple[Float[Tensor, "B V"], NetworkState]:
+        """Read one token of every row: -> (logits behind it, the next state). The caller gives the old state up."""
+        ...
+
+
+class NetworkRunner:
+    """The plain `Runner`: calls the network."""
+
+    def __init__(self, network: Network):
+        self._network = network
+
+    def verify(
+        self, tokens: Int[Tensor, "B T"], state: NetworkState
+    ) -> tuple[Float[Tensor, "B P V"], tuple[Trace, ...]]:
+        """As `Runner.verify`."""
+        output = self._network(tokens, state, logits="all", traced=True)
+        assert output.logits is not None and output.trace is not None
+        return output.logits, output.trace
+
+    def commit(self, state: NetworkState, trace: tuple[Trace, ...], keep: Sequence[int]) -> NetworkState:
+        """As `Runner.commit`."""
+        return self._network.commit(state, trace, torch.tensor(keep, dtype=torch.int64))
+
+    def step(self, tokens: Int[Tensor, "B 1"], state: NetworkState) -> tuple[Float[Tensor, "B V"], NetworkState]:
+        """As `Runner.step`."""
+        output = self._network(tokens, state, logits="last")
+        assert output.logits is not None and output.state is not None
+        return output.logits, output.state
