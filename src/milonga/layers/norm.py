@@ -5,10 +5,10 @@ from typing import Literal
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from milonga.layers.base import KeepFp32
 from milonga.ops.decode_step import Norm
+from milonga.ops.layer_norm import layer_norm
 from milonga.ops.rms_norm import rms_norm
 
 NormKind = Literal["rms_norm", "layer_norm"]
@@ -32,10 +32,9 @@ class RMSNorm(KeepFp32):
         self, x: Float[Tensor, "*rows D"], branch: Float[Tensor, "*rows D"] | None = None
     ) -> Float[Tensor, "*rows D"] | tuple[Float[Tensor, "*rows D"], Float[Tensor, "*rows D"]]:
         """-> like x, in autocast's dtype where that is on; sums at least fp32. With `branch`: (norm of sum, sum)."""
-        if branch is not None:
-            x = x + branch
-        y = rms_norm(x, self.weight, eps=self.eps).to(_wanted(x))
-        return y if branch is None else (y, x)
+        if branch is None:
+            return rms_norm(x, self.weight, eps=self.eps, dtype=_wanted(x))
+        return rms_norm(branch, self.weight, eps=self.eps, residual=x, dtype=_wanted(x))
 
 
 class LayerNorm(KeepFp32):
@@ -51,11 +50,9 @@ class LayerNorm(KeepFp32):
         self, x: Float[Tensor, "*rows D"], branch: Float[Tensor, "*rows D"] | None = None
     ) -> Float[Tensor, "*rows D"] | tuple[Float[Tensor, "*rows D"], Float[Tensor, "*rows D"]]:
         """As `RMSNorm.forward`."""
-        if branch is not None:
-            x = x + branch
-        wide = x.to(self.weight.dtype)
-        y = F.layer_norm(wide, self.weight.shape, self.weight, self.bias, self.eps).to(_wanted(x))
-        return y if branch is None else (y, x)
+        first = x if branch is None else branch
+        residual = None if branch is None else x
+        return layer_norm(first, self.weight, self.bias, eps=self.eps, residual=residual, dtype=_wanted(x))
 
 
 def norm_of(module: nn.Module) -> Norm | None:

@@ -2,11 +2,12 @@
 
 from typing import overload
 
+import torch
 from torch import Tensor
 
 from milonga.ops.backend import choice, direct, kernels
 from milonga.ops.checks import expect
-from milonga.ops.rms_norm.library import rms_norm_add_op, rms_norm_op
+from milonga.ops.rms_norm.library import norm_op, rms_norm_op
 from milonga.ops.rms_norm.reference import rms_norm_reference
 
 # Bound of the relative RMS error of the output and of each gradient against the float64 reference, fp32 inputs.
@@ -15,13 +16,25 @@ ERROR_BOUND = 1e-6
 
 @overload
 def rms_norm(
-    x: Tensor, weight: Tensor, *, eps: float = 1e-5, residual: None = None, backend: str = "auto"
+    x: Tensor,
+    weight: Tensor,
+    *,
+    eps: float = 1e-5,
+    residual: None = None,
+    dtype: torch.dtype | None = None,
+    backend: str = "auto",
 ) -> Tensor: ...
 
 
 @overload
 def rms_norm(
-    x: Tensor, weight: Tensor, *, eps: float = 1e-5, residual: Tensor, backend: str = "auto"
+    x: Tensor,
+    weight: Tensor,
+    *,
+    eps: float = 1e-5,
+    residual: Tensor,
+    dtype: torch.dtype | None = None,
+    backend: str = "auto",
 ) -> tuple[Tensor, Tensor]: ...
 
 
@@ -31,24 +44,27 @@ def rms_norm(
     *,
     eps: float = 1e-5,
     residual: Tensor | None = None,
+    dtype: torch.dtype | None = None,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
     """`x / sqrt(mean(x^2) + eps) * weight` over the last dimension D; with `residual`, of the sum of both.
 
-    Sums are taken in fp32 (in float64 where x is float64); the result has the dtype of x. With `residual`, the sum
-    `h = x + residual` is taken in fp32 and rounded to the dtype of x, and the norm is that of the rounded sum: to the
-    last bit what `rms_norm(x + residual, weight)` gives, without a pass over memory for the sum.
+    Sums are taken in fp32 (in float64 where x is float64). With `residual`, the sum `h = x + residual` is taken in fp32
+    and rounded to the wider of their dtypes, and the norm is that of the rounded sum: to the last bit what
+    `rms_norm(x + residual, weight)` gives, without a pass over memory for the sum. A residual stream in float32 beside
+    layers in bfloat16 is `rms_norm(y, weight, residual=stream, dtype=torch.bfloat16)`.
 
     Args:
         x: `[..., D]`, float32, bfloat16, float16 or float64.
         weight: `[D]`, float32 (float64 where x is).
         eps: added to the mean square.
-        residual: shape and dtype of x; none if absent.
+        residual: shape of x, and its dtype, or one of the two float32; none if absent.
+        dtype: of y; by default that of x.
         backend: `auto`, `reference`, `cpu` or `triton`.
 
     Returns:
-        y `[..., D]`, dtype of x; with `residual` (y, h), both so. Gradients flow through every tensor and through h.
-        Relative RMS error against float64 with fp32 inputs: at most `ERROR_BOUND`.
+        y `[..., D]` in `dtype`; with `residual` (y, h), h in the wider dtype. Gradients flow through every tensor and
+        through h. Relative RMS error against float64 with fp32 inputs: at most `ERROR_BOUND`.
 
     Raises:
         ValueError: if shapes or dtypes do not fit, or the backend cannot run here.
@@ -58,18 +74,26 @@ def rms_norm(
     if x.ndim < 1 or weight.shape != x.shape[-1:]:
         raise ValueError(f"rms_norm: weight must be [D], expected [{x.shape[-1]}], got {list(weight.shape)}")
     if residual is not None:
-        expect("rms_norm", "residual", residual, "[..., D] as x is", x.shape, (x.dtype,), x.device)
+        check_residual("rms_norm", x, residual)
+    dtype = dtype or x.dtype
     chosen = choice("rms_norm", backend, x.device.type, x.dtype)
+    if chosen == "triton" and (residual is not None or dtype != x.dtype):
+        run = kernels("rms_norm", "triton").forward_norm if direct(x, chosen) else norm_op
+        y, total = run(x, residual, weight.float(), None, eps, dtype, False)[:2]
+        return y if residual is None else (y, total)
     if residual is not None:
-        if chosen == "triton":
-            run = kernels("rms_norm", "triton").forward_add if direct(x, chosen) else rms_norm_add_op
-            return run(x, residual, weight.float(), eps)[:2]
         total = x + residual
-        return rms_norm(total, weight, eps=eps, backend=backend), total
+        return rms_norm(total, weight, eps=eps, dtype=dtype, backend=backend), total
     if chosen == "reference":
-        return rms_norm_reference(x, weight, eps)
+        return rms_norm_reference(x, weight, eps).to(dtype)
     run = kernels("rms_norm", chosen).forward if direct(x, chosen) else rms_norm_op
-    return run(x, weight.float(), eps)[0]
+    return run(x, weight.float(), eps)[0].to(dtype)
+
+
+def check_residual(op: str, x: Tensor, residual: Tensor) -> None:
+    """Raise `ValueError` unless `residual` can be added to x."""
+    allowed = {x.dtype, torch.float32} if x.dtype != torch.float32 else {torch.float32, torch.bfloat16, torch.float16}
+    expect(op, "residual", residual, "[..., D] as x is", x.shape, sorted(allowed, key=str), x.device)
 
 
 __all__ = ["ERROR_BOUND", "rms_norm", "rms_norm_reference"]

@@ -61,40 +61,83 @@ def _backward(ctx, grad, _):
 rms_norm_op.register_autograd(_backward, setup_context=_setup)
 
 
-@torch.library.custom_op("milonga::rms_norm_add", mutates_args=(), device_types="cuda")
-def rms_norm_add_op(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """-> (y, x + residual rounded to the dtype of x, 1/rms of each row of that, fp32 `[R]`); on a GPU alone."""
-    return kernels("rms_norm", "triton").forward_add(x, residual, weight, eps)
+@torch.library.custom_op("milonga::norm", mutates_args=(), device_types="cuda")
+def norm_op(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    eps: float,
+    dtype: torch.dtype,
+    centre: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """On a GPU alone: -> (y in `dtype`, x + residual in the wider dtype of the two, means, 1/deviations, fp32 `[R]`).
+
+    With `centre` the mean of each row is taken off first. What is absent comes back empty.
+    """
+    return kernels("rms_norm", "triton").forward_norm(x, residual, weight, bias, eps, dtype, centre)
 
 
-@rms_norm_add_op.register_fake
-def _(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    return _like(x), _like(x), _scale(x)
+@norm_op.register_fake
+def _(x, residual, weight, bias, eps, dtype, centre):
+    total = x.new_empty(0)
+    if residual is not None:
+        total = torch.empty(x.shape, dtype=torch.promote_types(x.dtype, residual.dtype), device=x.device)
+    scale = _scale(x)
+    y = torch.empty(x.shape, dtype=dtype, device=x.device)
+    return y, total, torch.empty_like(scale) if centre else scale.new_empty(0), scale
 
 
-@torch.library.custom_op("milonga::rms_norm_add_backward", mutates_args=(), device_types="cuda")
-def rms_norm_add_backward_op(
-    grad: Tensor, grad_total: Tensor | None, total: Tensor, weight: Tensor, scale: Tensor
-) -> tuple[Tensor, Tensor]:
-    """-> (gradient of x, which is also that of residual; gradient of weight `[D]` fp32)."""
-    return kernels("rms_norm", "triton").backward_add(grad, grad_total, total, weight, scale)
+@torch.library.custom_op("milonga::norm_backward", mutates_args=(), device_types="cuda")
+def norm_backward_op(
+    grad: Tensor,
+    grad_total: Tensor | None,
+    total: Tensor,
+    weight: Tensor,
+    biased: bool,
+    mean: Tensor,
+    scale: Tensor,
+    dtype: torch.dtype,
+    centre: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """-> gradients of the sum in its own dtype and, where it is another, in `dtype`; of weight; of bias."""
+    return kernels("rms_norm", "triton").backward_norm(
+        grad, grad_total, total, weight, biased, mean, scale, dtype, centre
+    )
 
 
-@rms_norm_add_backward_op.register_fake
-def _(grad: Tensor, grad_total: Tensor | None, total: Tensor, weight: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    return _like(total), _like(weight)
+@norm_backward_op.register_fake
+def _(grad, grad_total, total, weight, biased, mean, scale, dtype, centre):
+    narrow = torch.empty(total.shape if dtype != total.dtype else (0,), dtype=dtype, device=total.device)
+    return _like(total), narrow, _like(weight), torch.empty_like(weight) if biased else weight.new_empty(0)
 
 
-def _setup_add(ctx, inputs, output) -> None:
+def _setup_norm(ctx, inputs, output) -> None:
+    x, residual, weight, bias, _, _, ctx.centre = inputs
+    _, total, mean, scale = output
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(output[1], inputs[2], output[2])
+    ctx.biased, ctx.added = bias is not None, residual is not None
+    ctx.dtypes = (x.dtype, None if residual is None else residual.dtype)
+    ctx.save_for_backward(total if ctx.added else x, weight, mean, scale)
 
 
-def _backward_add(ctx, grad, grad_total, _):
+def _backward_norm(ctx, grad, grad_total, *_):
+    total, weight, mean, scale = ctx.saved_tensors
+    own, other = ctx.dtypes
+    narrow_dtype = own if own != total.dtype or other is None else other
     if grad is None:
-        return grad_total, grad_total, None, None
-    grad_x, grad_weight = rms_norm_add_backward_op(grad, grad_total, *ctx.saved_tensors)
-    return grad_x, grad_x, grad_weight, None
+        grad_wide, grad_weight, grad_bias = grad_total, None, None
+        grad_narrow = None if grad_total is None else grad_total.to(narrow_dtype)
+    else:
+        grad_total = grad_total if ctx.added else None
+        grad_wide, grad_narrow, grad_weight, grad_bias = norm_backward_op(
+            grad, grad_total, total, weight, ctx.biased, mean, scale, narrow_dtype, ctx.centre
+        )
+        if narrow_dtype == total.dtype:
+            grad_narrow = grad_wide
+    grad_x = grad_wide if own == total.dtype else grad_narrow
+    grad_residual = None if not ctx.added else grad_wide if other == total.dtype else grad_narrow
+    return grad_x, grad_residual, grad_weight, grad_bias if ctx.biased else None, None, None, None
 
 
-rms_norm_add_op.register_autograd(_backward_add, setup_context=_setup_add)
+norm_op.register_autograd(_backward_norm, setup_context=_setup_norm)

@@ -1,4 +1,4 @@
-"""`rms_norm` on a GPU, with or without a residual added first: a program is a tile of whole rows."""
+"""`rms_norm` and `layer_norm` on a GPU, with or without a residual added first: a program is a tile of whole rows."""
 
 import torch
 import triton
@@ -14,10 +14,11 @@ _PROGRAMS = 1024
 
 @triton.jit(do_not_specialize=["count"])
 def _forward(
-    x, residual, weight, y, total, scale, count, width, x_step, residual_step, eps,
-    ROWS: tl.constexpr, CH: tl.constexpr, PARTS: tl.constexpr, ADD: tl.constexpr,
+    x, residual, weight, bias, y, total, mean, scale, count, width, x_step, residual_step, eps,
+    ROWS: tl.constexpr, CH: tl.constexpr, PARTS: tl.constexpr, ADD: tl.constexpr, CENTRE: tl.constexpr,
+    BIAS: tl.constexpr,
 ):  # fmt: skip
-    """With ADD, x + residual, rounded, goes to `total` and is what is normalised."""
+    """With ADD, x + residual, rounded as `total` is, goes there and is normalised; with CENTRE, less its mean."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     column = tl.arange(0, CH)[None, :]
     values = ()
@@ -27,39 +28,58 @@ def _forward(
         value = tl.load(x + row * x_step + at, mask=live, other=0.0)
         if ADD:
             other = tl.load(residual + row * residual_step + at, mask=live, other=0.0)
-            value = (value.to(tl.float32) + other.to(tl.float32)).to(value.dtype)
+            value = (value.to(tl.float32) + other.to(tl.float32)).to(total.dtype.element_ty)
+            tl.store(total + row * width + at, value, mask=live)
         values = values + (value,)
+    middle = tl.zeros([ROWS, 1], tl.float32)
+    if CENTRE:
+        sums = tl.zeros([ROWS, CH], tl.float32)
+        for part in tl.static_range(PARTS):
+            sums += values[part].to(tl.float32)
+        middle = tl.sum(sums, 1)[:, None] / width
+        tl.store(mean + row, middle, mask=row < count)
     squares = tl.zeros([ROWS, CH], tl.float32)
     for part in tl.static_range(PARTS):
-        if ADD:
-            at = column + part * CH
-            tl.store(total + row * width + at, values[part], mask=(row < count) & (at < width))
         value = values[part].to(tl.float32)
+        if CENTRE:
+            value = tl.where(column + part * CH < width, value - middle, 0.0)
         squares = tl.fma(value, value, squares)
     factor = 1.0 / tl.sqrt(tl.sum(squares, 1)[:, None] / width + eps)
     tl.store(scale + row, factor, mask=row < count)
     for part in tl.static_range(PARTS):
         at = column + part * CH
         w = tl.load(weight + at, mask=at < width, other=0.0).to(tl.float32)
-        out = values[part].to(tl.float32) * factor * w
+        value = values[part].to(tl.float32)
+        if CENTRE:
+            value -= middle
+        out = value * factor * w
+        if BIAS:
+            out += tl.load(bias + at, mask=at < width, other=0.0).to(tl.float32)
         tl.store(y + row * width + at, out, mask=(row < count) & (at < width))
 
 
 @triton.jit(do_not_specialize=["count", "length"])
 def _backward(
-    grad, grad_total, x, weight, scale, grad_x, partial, count, width, length, grad_step, total_step, x_step,
-    ROWS: tl.constexpr, CH: tl.constexpr, PARTS: tl.constexpr, ADD: tl.constexpr,
+    grad, grad_total, x, weight, mean, scale, grad_x, grad_narrow, partial, partial_bias, count, width, length,
+    grad_step, total_step, x_step,
+    ROWS: tl.constexpr, CH: tl.constexpr, PARTS: tl.constexpr, ADD: tl.constexpr, CENTRE: tl.constexpr,
+    BIAS: tl.constexpr, NARROW: tl.constexpr,
 ):  # fmt: skip
-    """`length` rows, `ROWS` at a turn. With ADD, `grad_total` is added to the gradient of x."""
+    """`length` rows, `ROWS` at a turn. With ADD, `grad_total` is added to the gradient of x.
+
+    With NARROW the gradient is written twice, the second time in another dtype.
+    """
     column = tl.arange(0, CH)[None, :]
     first = tl.program_id(0).to(tl.int64) * length
     end = tl.minimum(first + length, count)
     weights = ()
     sums = ()
+    shifts = ()
     for part in tl.static_range(PARTS):
         at = column + part * CH
         weights = weights + (tl.load(weight + at, mask=at < width, other=0.0).to(tl.float32),)
         sums = sums + (tl.zeros([ROWS, CH], tl.float32),)
+        shifts = shifts + (tl.zeros([ROWS if BIAS else 1, CH if BIAS else 1], tl.float32),)
     for turn in range((length + ROWS - 1) // ROWS):
         row = first + turn * ROWS + tl.arange(0, ROWS)[:, None]
         inside = row < end
@@ -77,24 +97,51 @@ def _backward(
                 live = inside & (at < width)
                 more = more + (tl.load(grad_total + row * total_step + at, mask=live, other=0.0),)
         factor = tl.load(scale + row, mask=inside, other=0.0)
+        middle = tl.zeros([ROWS, 1], tl.float32)
+        if CENTRE:
+            middle = tl.load(mean + row, mask=inside, other=0.0)
         products = tl.zeros([ROWS, CH], tl.float32)
+        plain = tl.zeros([ROWS, CH], tl.float32)
         grown = ()
+        lifted = ()
         for part in tl.static_range(PARTS):
             value = values[part].to(tl.float32)
+            if CENTRE:
+                value -= middle
             g = upstream[part].to(tl.float32)
             products = tl.fma(g * weights[part], value, products)
+            if CENTRE:
+                plain = tl.fma(g, weights[part], plain)
             grown = grown + (tl.fma(g * factor, value, sums[part]),)
+            if BIAS:
+                lifted = lifted + (shifts[part] + g,)
+            else:
+                lifted = lifted + (shifts[part],)
         sums = grown
+        shifts = lifted
         shift = tl.sum(products, 1)[:, None] * factor * factor * factor / width
+        level = tl.zeros([ROWS, 1], tl.float32)
+        if CENTRE:
+            level = tl.sum(plain, 1)[:, None] * factor / width
         for part in tl.static_range(PARTS):
             at = column + part * CH
-            out = upstream[part].to(tl.float32) * weights[part] * factor - values[part].to(tl.float32) * shift
+            value = values[part].to(tl.float32)
+            if CENTRE:
+                value -= middle
+            out = upstream[part].to(tl.float32) * weights[part] * factor - value * shift
+            if CENTRE:
+                out -= level
             if ADD:
                 out += more[part].to(tl.float32)
             tl.store(grad_x + row * width + at, out, mask=inside & (at < width))
+            if NARROW:
+                tl.store(grad_narrow + row * width + at, out, mask=inside & (at < width))
+    row = tl.program_id(0).to(tl.int64) * width
     for part in tl.static_range(PARTS):
         at = part * CH + tl.arange(0, CH)
-        tl.store(partial + tl.program_id(0).to(tl.int64) * width + at, tl.sum(sums[part], 0), mask=at < width)
+        tl.store(partial + row + at, tl.sum(sums[part], 0), mask=at < width)
+        if BIAS:
+            tl.store(partial_bias + row + at, tl.sum(shifts[part], 0), mask=at < width)
 
 
 def _tile(count: int, width: int) -> dict[str, int]:
@@ -107,57 +154,64 @@ def _tile(count: int, width: int) -> dict[str, int]:
 
 def forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """Kernel of `milonga::rms_norm` on a GPU."""
-    y, _, scale = _launch_forward(x, None, weight, eps)
+    y, _, _, scale = forward_norm(x, None, weight, None, eps, x.dtype, False)
     return y, scale
 
 
-def forward_add(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Kernel of `milonga::rms_norm_add` on a GPU."""
-    return _launch_forward(x, residual, weight, eps)
+def backward(grad: Tensor, x: Tensor, weight: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """Kernel of `milonga::rms_norm_backward` on a GPU."""
+    grad_x, _, grad_weight, _ = backward_norm(grad, None, x, weight, False, scale, scale, x.dtype, False)
+    return grad_x, grad_weight
 
 
-def _launch_forward(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """-> (y, x + residual or y, scale)."""
+def forward_norm(
+    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float, dtype: torch.dtype,
+    centre: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Kernel of `milonga::norm`: -> (y in `dtype`, sum in the wider dtype, mean, scale); empty where absent."""
     width = weight.numel()
     count = x.numel() // width if width else 0
-    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    total = y if residual is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    y = torch.empty(x.shape, dtype=dtype, device=x.device)
+    sums = x.new_empty(0)
+    if residual is not None:
+        sums = torch.empty(x.shape, dtype=torch.promote_types(x.dtype, residual.dtype), device=x.device)
     scale = torch.empty(count, dtype=torch.float32, device=x.device)
+    mean = torch.empty(count if centre else 0, dtype=torch.float32, device=x.device)
     if count:
         x, x_step = rows(x, width)
         other, other_step = (x, x_step) if residual is None else rows(residual, width)
         tile = _tile(count, width)
         with torch.cuda.device_of(x):
             _forward[(-(-count // tile["ROWS"]),)](
-                x, other, weight.contiguous(), y, total, scale, count, width, x_step, other_step, eps,
-                ADD=residual is not None, **tile,
+                x, other, weight.contiguous(), weight if bias is None else bias, y, sums, mean, scale, count, width,
+                x_step, other_step, eps, ADD=residual is not None, CENTRE=centre, BIAS=bias is not None, **tile,
             )  # fmt: skip
-    return y, total, scale
+    return y, sums, mean, scale
 
 
-def backward(grad: Tensor, x: Tensor, weight: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    """Kernel of `milonga::rms_norm_backward` on a GPU."""
-    return backward_add(grad, None, x, weight, scale)
-
-
-def backward_add(
-    grad: Tensor, grad_total: Tensor | None, total: Tensor, weight: Tensor, scale: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Kernel of `milonga::rms_norm_add_backward` on a GPU: (gradient of x and of residual, gradient of weight)."""
+def backward_norm(
+    grad: Tensor, grad_total: Tensor | None, total: Tensor, weight: Tensor, biased: bool, mean: Tensor, scale: Tensor,
+    dtype: torch.dtype, centre: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Kernel of `milonga::norm_backward`: -> gradients of the sum in its dtype and, where that is another, in `dtype`;
+    of weight and of bias. Empty where absent."""
     width, count = weight.numel(), scale.numel()
     grad_x = torch.empty(total.shape, dtype=total.dtype, device=total.device)
+    narrow = torch.empty(total.shape if dtype != total.dtype else (0,), dtype=dtype, device=total.device)
     if count == 0:
-        return grad_x, torch.zeros_like(weight)
+        return grad_x, narrow, torch.zeros_like(weight), torch.zeros_like(weight[: width * biased])
     tile = _tile(count, width)
     length = -(-count // _PROGRAMS // tile["ROWS"]) * tile["ROWS"]
     programs = -(-count // length)
     partial = torch.empty((programs, width), dtype=torch.float32, device=total.device)
+    partial_bias = torch.empty((programs, width if biased else 0), dtype=torch.float32, device=total.device)
     (grad, grad_step), (total, step) = rows(grad, width), rows(total, width)
     more, more_step = (grad, grad_step) if grad_total is None else rows(grad_total, width)
     with torch.cuda.device_of(grad):
         _backward[(programs,)](
-            grad, more, total, weight.contiguous(), scale, grad_x, partial, count, width, length,
-            grad_step, more_step, step, ADD=grad_total is not None, **tile,
+            grad, more, total, weight.contiguous(), mean, scale, grad_x, narrow, partial, partial_bias, count, width,
+            length, grad_step, more_step, step, ADD=grad_total is not None, CENTRE=centre, BIAS=biased,
+            NARROW=narrow.numel() > 0, **tile,
         )  # fmt: skip
     # fixed order: PyTorch's sum over the first dimension of a contiguous tensor uses no atomics
-    return grad_x, partial.sum(0)
+    return grad_x, narrow, partial.sum(0), partial_bias.sum(0)
