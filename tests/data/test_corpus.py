@@ -14,9 +14,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from milonga.data.bpe import BpeCodec
 from milonga.data.corpus import Corpus
 from milonga.errors import UserError
-from tests.data.helpers import in_memory, make_corpus
+from tests.data.helpers import STORY, in_memory, make_corpus, story_codec, subword_corpus
 
 
 def run_python(code: str, *args: object) -> subprocess.CompletedProcess[str]:
@@ -231,3 +232,72 @@ def test_a_single_document_is_cut_only_when_asked(tmp_path: Path):
     assert held.bytes == 1
     with pytest.raises(UserError, match="too short to hold out"):
         make_corpus(tmp_path / "2", [b"x"]).split(0.5, holdout_tail=True)
+
+
+STORIES = [STORY, b"the moon \xff\xfe saw", "là-bas, the sea — ".encode() * 40, b"x"]
+
+
+def test_documents_of_subwords_are_encoded_one_by_one(tmp_path: Path):
+    codec = story_codec()
+    corpus = subword_corpus(tmp_path, STORIES, codec)
+    for again in (corpus, Corpus.open(tmp_path / "cache")):
+        assert again.codec == codec
+        assert [document.tolist() for document in again] == [codec.encode(text).tolist() for text in STORIES]
+        assert [codec.decode(document) for document in again] == STORIES
+        assert again.document(0).dtype == np.uint16
+        assert again.document_bytes.tolist() == [len(text) for text in STORIES]
+        assert again.bytes == sum(map(len, STORIES))
+        assert again.length == len(again.tokens) == sum(len(codec.encode(text)) for text in STORIES)
+    part = corpus.select([2, 0])
+    assert (part.bytes, part.codec) == (len(STORIES[2]) + len(STORIES[0]), codec)
+    assert [codec.decode(document) for document in part] == [STORIES[2], STORIES[0]]
+
+
+def test_more_than_65536_tokens_are_kept_in_four_bytes(tmp_path: Path):
+    merges = [(bytes([a]), bytes([b])) for a in range(256) for b in reversed(range(256))]
+    codec = BpeCodec(merges)
+    corpus = subword_corpus(tmp_path, [b"\xffA a"], codec)
+    assert corpus.document(0).dtype == np.uint32
+    assert corpus.document(0).tolist() == [256 + 255 * 256 + 255 - 65, 256 + 32 * 256 + 255 - 97]
+    assert codec.decode(corpus.document(0)) == b"\xffA a"
+
+
+def test_a_cache_belongs_to_its_tokenizer(tmp_path: Path):
+    plain = make_corpus(tmp_path / "bytes", STORIES)
+    one = subword_corpus(tmp_path / "one", STORIES, story_codec())
+    other = subword_corpus(tmp_path / "other", STORIES, story_codec(270))
+    assert len({plain.fingerprint, one.fingerprint, other.fingerprint}) == 3
+    texts, cache = tmp_path / "one" / "texts", tmp_path / "one" / "cache"
+    calls: list[int] = []
+    same = Corpus.build([texts], cache, codec=story_codec(), progress=lambda done, _: calls.append(done))
+    assert (same.fingerprint, calls) == (one.fingerprint, [])
+    assert Corpus.build([texts], cache, codec=story_codec(270)).fingerprint == other.fingerprint
+    assert Corpus.build([texts], cache).fingerprint == plain.fingerprint
+    (tmp_path / "other/cache/tokenizer.json").unlink()
+    with pytest.raises(UserError, match="holds no prepared corpus"):
+        Corpus.open(tmp_path / "other/cache")
+
+
+def test_the_same_documents_are_held_out_of_bytes_and_of_subwords(tmp_path: Path):
+    texts = [STORY[: 40 + 31 * number] for number in range(10)] + ["är".encode() * 90]
+    plain = make_corpus(tmp_path / "bytes", texts)
+    subwords = subword_corpus(tmp_path / "subwords", texts, story_codec())
+    for seed in range(5):
+        for fraction in (0.05, 0.3):
+            kept, held = plain.split(fraction, seed)
+            kept_too, held_too = subwords.split(fraction, seed)
+            assert list(held.names) == list(held_too.names)
+            assert (kept.bytes, held.bytes) == (kept_too.bytes, held_too.bytes)
+
+
+@pytest.mark.parametrize("fraction", [0.01, 0.1, 0.4])
+def test_the_tail_of_subwords_begins_with_a_token(tmp_path: Path, fraction: float):
+    text = STORY + "là-bas — déjà — ".encode() * 60
+    codec = story_codec()
+    kept, held = subword_corpus(tmp_path / "subwords", [text], codec).split(fraction, holdout_tail=True)
+    _, plain = make_corpus(tmp_path / "bytes", [text]).split(fraction, holdout_tail=True)
+    head, tail = codec.decode(kept.document(0)), codec.decode(held.document(0))
+    assert head + tail == text
+    assert (kept.bytes, held.bytes) == (len(head), len(tail))
+    tail.decode()
+    assert 0 <= plain.bytes - held.bytes < codec.token_lengths.max() + 3

@@ -8,7 +8,7 @@ from pydantic import ValidationError
 from milonga.data.config import DataConfig
 from milonga.data.prepare import prepare
 from milonga.errors import UserError
-from tests.data.helpers import make_corpus
+from tests.data.helpers import STORY, make_corpus, story_codec
 
 
 def test_a_config_comes_back_from_json():
@@ -72,3 +72,19 @@ def test_one_file_needs_a_decision(tmp_path: Path):
     train, held = prepare(config.model_copy(update={"heldout_tail": True}), tmp_path / "prepared")
     assert held is not None
     assert (train.bytes, held.bytes) == (247, 13)
+
+
+def test_a_tokenizer_named_in_the_config_encodes_both_parts(tmp_path: Path):
+    codec = story_codec()
+    codec.save(tmp_path / "mine.json")
+    make_corpus(tmp_path, [STORY, STORY[:50], STORY[9:]])
+    config = DataConfig(paths=[str(tmp_path / "texts")], heldout=0.1, tokenizer=str(tmp_path / "mine.json"))
+    train, held = prepare(config, tmp_path / "prepared")
+    assert held is not None
+    assert train.codec == held.codec == codec
+    assert codec.decode(held.document(0)) == STORY[:50]
+    plain, _ = prepare(config.model_copy(update={"tokenizer": None}), tmp_path / "plain")
+    assert list(plain.names) == list(train.names)
+    assert plain.length > train.length
+    with pytest.raises(UserError, match="tokenizer: cannot read"):
+        prepare(config.model_copy(update={"tokenizer": "nowhere.json"}), tmp_path / "prepared")

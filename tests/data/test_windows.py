@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from milonga.data.windows import Batch, Ring, WindowSampler
 from milonga.errors import UserError
-from tests.data.helpers import in_memory, make_corpus
+from tests.data.helpers import STORY, in_memory, make_corpus, story_codec, subword_corpus
 
 TEXTS = st.lists(st.binary(min_size=1, max_size=12), min_size=1, max_size=6)
 SEPARATORS = st.sampled_from([b"", b"\n", b"<|>"])
@@ -176,3 +176,38 @@ def test_impossible_windows_are_refused(settings_, message):
 def test_negative_steps_are_refused():
     with pytest.raises(ValueError, match="step must not be negative"):
         WindowSampler(in_memory([b"0123456789"]), window=4, batch=2, seed=0).batch(-1)
+
+
+@pytest.mark.parametrize("isolate", [True, False])
+@pytest.mark.parametrize("separator", [b"", b"the "])
+def test_windows_of_subwords_know_the_bytes_of_their_targets(tmp_path: Path, isolate: bool, separator: bytes):
+    codec, texts = story_codec(), [STORY, STORY[7:90], b"a moon"]
+    sampler = WindowSampler(
+        subword_corpus(tmp_path, texts, codec, separator), window=11, batch=3, seed=0, isolate=isolate
+    )
+    ring = [int(i) for text in texts for i in [*codec.encode(text), *codec.encode(separator)]]
+    assert sampler.ring.length == len(ring)
+    assert sampler.identity()["tokenizer"] == codec.digest
+    for step in range(6):
+        batch = sampler.batch(step)
+        for row, position in enumerate(sampler.positions(step)):
+            wanted = [ring[(position + i) % len(ring)] for i in range(11)]
+            assert batch.tokens.reshape(3, 11)[row].tolist() == wanted
+        targets = [target for target in batch.targets.flatten().tolist() if target != -100]
+        assert batch.bytes == len(codec.decode(batch.tokens.flatten()))
+        assert batch.target_bytes == len(codec.decode(targets))
+        assert len(targets) == 33 or (isolate and not separator)
+
+
+def test_of_bytes_the_bytes_are_their_number(tmp_path: Path):
+    sampler = WindowSampler(make_corpus(tmp_path, [b"abcdefgh", b"ijk"]), window=5, batch=4, seed=0)
+    batch = sampler.batch(0)
+    assert batch.bytes == batch.tokens.numel() == 20
+    assert batch.target_bytes == int((batch.targets != -100).sum()) < 20
+    assert "tokenizer" not in sampler.identity()
+
+
+def test_a_text_too_short_in_subwords_is_said_in_tokens(tmp_path: Path):
+    corpus = subword_corpus(tmp_path, [b"the cat sat"], story_codec())
+    with pytest.raises(UserError, match=r"has \d tokens, which is less than one window of 100 tokens"):
+        WindowSampler(corpus, window=100, batch=1, seed=0)

@@ -4,7 +4,7 @@ import bz2
 import lzma
 import zlib
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Protocol
@@ -18,6 +18,9 @@ Progress = Callable[[int, float], None]
 
 # Where position buckets begin; the last is open.
 EDGES = (0, *(1 << power for power in range(10, 21)))
+
+# Bytes that are scored at once where the text can be cut there: a fraction of a second.
+_PIECE = 1024
 
 
 class Compressor(Protocol):
@@ -188,6 +191,9 @@ def evaluate_perplexity(
 ) -> Perplexity:
     """Score every byte of each document, given all bytes of the document before it, at constant memory.
 
+    A model of subwords reads each document in the tokens that its codec gives for the whole of it; a token's bits count
+    for its bytes in equal shares.
+
     Args:
         lm: the model.
         documents: (name, pieces of bytes) of each; pieces may have any lengths and are read once, in order.
@@ -220,19 +226,19 @@ class _Reading:
         compressors = {key: make() for key, make in COMPRESSORS.items()}
         compressed = dict.fromkeys(compressors, 0)
         sizes = [StateSize(0, session.nbytes)]
-        for piece in _cut(pieces):
+        for piece in self.lm.codec.cut(pieces, _PIECE):
             self._score(session, piece)
             for key, compressor in compressors.items():
                 compressed[key] += len(compressor.compress(piece))
-            if session.position >= 2 * sizes[-1].bytes:
-                sizes.append(StateSize(session.position, session.nbytes))
-        if session.position == 0:
+            if session.bytes_read >= 2 * sizes[-1].bytes:
+                sizes.append(StateSize(session.bytes_read, session.nbytes))
+        if session.bytes_read == 0:
             raise UserError(f"evaluate: {name} is empty: there is nothing to score")
-        if sizes[-1].bytes < session.position:
-            sizes.append(StateSize(session.position, session.nbytes))
+        if sizes[-1].bytes < session.bytes_read:
+            sizes.append(StateSize(session.bytes_read, session.nbytes))
         for key, compressor in compressors.items():
             compressed[key] += len(compressor.flush())
-        self.scores.append(DocumentScore(name, session.position, self.bits - bits_before, compressed))
+        self.scores.append(DocumentScore(name, session.bytes_read, self.bits - bits_before, compressed))
         if not self.longest or sizes[-1].bytes > self.longest[-1].bytes:
             self.longest = sizes
 
@@ -242,15 +248,9 @@ class _Reading:
             raise UserError(
                 "evaluate: the model predicts NaN: its weights are damaged; use an older checkpoint of the run"
             )
-        self.buckets.add(session.position - len(piece), bits)
+        lengths = self.lm.codec.token_lengths[self.lm.codec.encode(piece)]
+        self.buckets.add(session.bytes_read - len(piece), np.repeat(bits / lengths, lengths))
         self.bits += float(bits.sum())
         self.bytes += len(piece)
         if self.progress is not None:
             self.progress(self.bytes, self.bits / self.bytes)
-
-
-def _cut(pieces: Iterable[bytes], at_most: int = 1024) -> Iterator[bytes]:
-    """The same bytes in pieces that take a fraction of a second each."""
-    for piece in pieces:
-        for start in range(0, len(piece), at_most):
-            yield piece[start : start + at_most]
