@@ -26,12 +26,15 @@ def taps_of(weight, e, live, W: tl.constexpr, PADDED: tl.constexpr):
 
 
 @triton.jit
-def columns_before(x, x_step, initial, position, sequence, e, E, live, W: tl.constexpr, INITIAL: tl.constexpr):
-    """The W - 1 rows before `position` of a sequence, fp32, oldest first (one of zeros for W = 1); x: its first row."""
+def columns_before(x, x_step, initial, position, total, sequence, e, E, live, W: tl.constexpr, INITIAL: tl.constexpr):
+    """The W - 1 rows before `position` of a sequence, fp32, oldest first (one of zeros for W = 1); x: its first row.
+
+    A chunk without rows may begin beyond the sequence's end: it gets zeros for what is not there.
+    """
     columns = ()
     for i in tl.static_range(W - 1):
         at = position + (i - (W - 1))
-        value = tl.load(x + at * x_step + e, mask=live & (at >= 0), other=0.0).to(tl.float32)
+        value = tl.load(x + at * x_step + e, mask=live & (at >= 0) & (at < total), other=0.0).to(tl.float32)
         if INITIAL:
             place = sequence.to(tl.int64) * (W - 1) + at + (W - 1)
             value += tl.load(initial + place * E + e, mask=live & (at < 0), other=0.0).to(tl.float32)
@@ -86,7 +89,7 @@ def conv_forward(
     start = chunk.to(tl.int64) * length
     steps = tl.minimum(tl.maximum(total - start, 0), length).to(tl.int32)
     x += origin * x_step
-    columns = columns_before(x, x_step, initial, start, sequence, e, E, live, W, INITIAL)
+    columns = columns_before(x, x_step, initial, start, total, sequence, e, E, live, W, INITIAL)
     x_at = x + start * x_step + e
     y_at = y + (origin + start) * E + e
     for turn in range((steps + K - 1) // K):
@@ -139,7 +142,7 @@ def conv_backward(
     # rows from `start` on that the walk reads
     known = tl.minimum(tl.maximum(total - start, 0), length + (W - 1)).to(tl.int32)
     x += origin * x_step
-    columns = columns_before(x, x_step, initial, start, sequence, e, E, live, W, INITIAL)
+    columns = columns_before(x, x_step, initial, start, total, sequence, e, E, live, W, INITIAL)
     x_at = x + start * x_step + e
     g_at = grad_y + (origin + start) * g_step + e
     out_at = grad_x + (origin + start - (W - 1)) * E + e

@@ -3,19 +3,20 @@
 from torch import Tensor
 
 from milonga.ops.backend import choice, direct, kernels
-from milonga.ops.swiglu.library import swiglu_op
+from milonga.ops.swiglu.library import swiglu_fused_op, swiglu_op
 from milonga.ops.swiglu.reference import swiglu_reference
 
 # Bound of the relative RMS error of the output and of each gradient against the float64 reference, fp32 inputs.
 ERROR_BOUND = 1e-6
 
 
-def swiglu(gate: Tensor, up: Tensor, *, backend: str = "auto") -> Tensor:
+def swiglu(gate: Tensor, up: Tensor | None = None, *, backend: str = "auto") -> Tensor:
     """`silu(gate) * up`, elementwise, where `silu(g) = g / (1 + exp(-g))`.
 
     Args:
         gate: `[..., F]`, float32, bfloat16, float16 or float64. May be one half of a fused projection.
-        up: shape and dtype of gate; may be the other half.
+        up: shape and dtype of gate; may be the other half. None: `gate` is the whole projection `[..., 2F]`, the gate
+            first. On a GPU its gradient is then written once; halves would be joined by another pass over memory.
         backend: `auto`, `reference`, `cpu` or `triton`.
 
     Returns:
@@ -23,15 +24,21 @@ def swiglu(gate: Tensor, up: Tensor, *, backend: str = "auto") -> Tensor:
         inputs: at most `ERROR_BOUND`.
 
     Raises:
-        ValueError: if shapes or dtypes differ, or the backend cannot run here.
+        ValueError: if shapes or dtypes differ, 2F is odd, or the backend cannot run here.
 
     Source: Shazeer, "GLU Variants Improve Transformer" (2020).
     """
+    chosen = choice("swiglu", backend, gate.device.type, gate.dtype)
+    if up is None:
+        if gate.ndim < 1 or gate.shape[-1] % 2:
+            raise ValueError(f"swiglu: without up, gate must be [..., 2F], got {list(gate.shape)}")
+        if chosen == "triton":
+            return (kernels("swiglu", chosen).forward_fused if direct(gate, chosen) else swiglu_fused_op)(gate)
+        gate, up = gate.chunk(2, -1) if gate.shape[-1] else (gate, gate)
     if up.shape != gate.shape or up.dtype != gate.dtype:
         raise ValueError(
             f"swiglu: up must be like gate, expected {gate.dtype} {list(gate.shape)}, got {up.dtype} {list(up.shape)}"
         )
-    chosen = choice("swiglu", backend, gate.device.type, gate.dtype)
     if chosen == "reference":
         return swiglu_reference(gate, up)
     run = kernels("swiglu", chosen).forward if direct(gate, chosen) else swiglu_op

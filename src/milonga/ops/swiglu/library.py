@@ -1,4 +1,4 @@
-"""`swiglu` as a PyTorch operator: shapes for compilers, its derivative, and a kernel per device."""
+"""`swiglu` as PyTorch operators: shapes for compilers, derivatives, and a kernel per device."""
 
 from typing import Any
 
@@ -49,3 +49,36 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
 
 
 swiglu_op.register_autograd(_backward, setup_context=_setup)
+
+
+@torch.library.custom_op("milonga::swiglu_fused", mutates_args=(), device_types="cuda")
+def swiglu_fused_op(both: Tensor) -> Tensor:
+    """-> silu(gate) * up of `both` `[..., 2F]`, contiguous; on a GPU alone."""
+    return kernels("swiglu", "triton").forward_fused(both)
+
+
+@swiglu_fused_op.register_fake
+def _(both: Tensor) -> Tensor:
+    return both.new_empty((*both.shape[:-1], both.shape[-1] // 2))
+
+
+@torch.library.custom_op("milonga::swiglu_fused_backward", mutates_args=(), device_types="cuda")
+def swiglu_fused_backward_op(grad: Tensor, both: Tensor) -> Tensor:
+    """-> gradient of `both`, contiguous."""
+    return kernels("swiglu", "triton").backward_fused(grad, both)
+
+
+@swiglu_fused_backward_op.register_fake
+def _(grad: Tensor, both: Tensor) -> Tensor:
+    return both.new_empty(both.shape)
+
+
+def _setup_fused(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _backward_fused(ctx: Any, grad: Tensor) -> Tensor:
+    return swiglu_fused_backward_op(grad, *ctx.saved_tensors)
+
+
+swiglu_fused_op.register_autograd(_backward_fused, setup_context=_setup_fused)

@@ -83,3 +83,19 @@ def _launch_backward(grad: Tensor, gate: Tensor, up: Tensor, grad_gate: Tensor, 
         _backward[grid](
             grad, gate, up, grad_gate, grad_up, count, width, grad_step, gate_step, up_step, out_step, **tile
         )
+
+
+def forward_fused(both: Tensor) -> Tensor:
+    """Kernel of `milonga::swiglu_fused` on a GPU."""
+    width = both.shape[-1] // 2
+    return forward(both[..., :width], both[..., width:])
+
+
+def backward_fused(grad: Tensor, both: Tensor) -> Tensor:
+    """Kernel of `milonga::swiglu_fused_backward` on a GPU: both gradients side by side."""
+    out = torch.empty(both.shape, dtype=both.dtype, device=both.device)
+    width = both.shape[-1] // 2
+    if out.numel():
+        halves = (both[..., :width], both[..., width:], out[..., :width], out[..., width:])
+        _launch_backward(grad, *halves, 2 * width)
+    return out
