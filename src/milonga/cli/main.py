@@ -48,6 +48,12 @@ evaluate = typer.Typer(
     rich_markup_mode=None,
 )
 app.add_typer(evaluate, name="evaluate")
+tokenizer = typer.Typer(
+    help="Learn a vocabulary of subwords, or look at one.",
+    epilog=_example("milonga tokenizer train --data my-texts/ --vocab-size 4096 --out tokenizer.json"),
+    rich_markup_mode=None,
+)
+app.add_typer(tokenizer, name="tokenizer")
 app.add_typer(bench.app, name="bench")
 
 # What the file system refuses because of where the user pointed, rather than because of a fault of ours.
@@ -187,6 +193,49 @@ def perplexity(
 @evaluate.callback()
 def _evaluate() -> None:
     pass
+
+
+@tokenizer.command(
+    name="train",
+    short_help="Learn byte-pair encoding from texts.",
+    epilog=_example("milonga tokenizer train --data my-texts/ --vocab-size 4096 --out tokenizer.json"),
+)
+def tokenizer_train(
+    data: Annotated[
+        list[str], typer.Option(help="Learn from this file, folder or glob; may be repeated.", metavar="PATH")
+    ],
+    out: Annotated[str, typer.Option(help="The file to write.", metavar="FILE")],
+    vocab_size: Annotated[int, typer.Option(help="Tokens, the 256 bytes included.", metavar="N")] = 4096,
+    heldout: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Measure on these texts; may be repeated. [default: a twentieth of the data]", metavar="PATH"
+        ),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Chooses what is held out, as training.seed does.")] = 0,
+    text_field: Annotated[str, typer.Option(help="The field of .jsonl and .parquet files.", metavar="NAME")] = "text",
+    json_: Json = False,
+) -> None:
+    """Learn byte-level byte-pair encoding from texts; whatever bytes it is given, it gives them back."""
+    from milonga.cli.tokenizer import run_tokenizer_train
+
+    _finish(run_tokenizer_train(data, vocab_size, out, heldout or [], seed, text_field, json_))
+
+
+@tokenizer.command(
+    name="inspect",
+    short_help="Show what a tokenizer holds.",
+    epilog=_example('milonga tokenizer inspect tokenizer.json --text "It was the best of times"'),
+)
+def tokenizer_inspect(
+    file: Annotated[str, typer.Argument(help="A tokenizer.json.", metavar="FILE")],
+    text: Annotated[str | None, typer.Option(help="Also show how this text is cut.", metavar="TEXT")] = None,
+    json_: Json = False,
+) -> None:
+    """Size, digest, lengths and some tokens of a tokenizer, and how it cuts a text."""
+    from milonga.cli.tokenizer import run_tokenizer_inspect
+
+    _finish(run_tokenizer_inspect(file, text, json_))
 
 
 @app.command(short_help="List the named models and their sizes.", epilog=_example("milonga presets --json"))
