@@ -32,6 +32,7 @@ class Contender:
     leaves: tuple[Tensor, ...]
     run: Callable[..., Tensor]
     needs: float = 0.0  # bytes it is known to hold at once, beyond its inputs; 0 if that is modest
+    slow_backward: bool = False  # minutes for one call: only its forward pass is measured
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from milonga.bench.ceilings import Ceilings, dtype_name
 from milonga.bench.demands import AS_FAST_AS_PEERS, CHIP, demand
 from milonga.bench.figures import Figure
 from milonga.bench.peers import peers_of
-from milonga.bench.result import BenchResult, Progress
+from milonga.bench.result import Bar, Bars, BenchResult, Progress, Table, silent
 from milonga.bench.timing import Call, Failure, Timing, measure
 from milonga.bench.work import Floor, Work, floor_of_passes
 from milonga.errors import UserError
@@ -188,6 +188,7 @@ def _checked(contenders: list[Contender], device: torch.device) -> tuple[list[Co
 def _rows(
     op: Op, case: Case, contenders: list[Contender], both: bool, device: torch.device, step: Callable[[str], None]
 ) -> list[OpRow]:
+    contenders = [one for one in contenders if not (both and one.slow_backward)]
     for contender in contenders:
         step(f"{case.op} {shape_text(case.letters)}: {contender.name}: compiling where it is the first use")
     kept, found = _checked(contenders, device)
@@ -227,7 +228,7 @@ def bench_ops(
     passes: str = "all",
     *,
     peers: bool = True,
-    progress: Progress = lambda done, total, what: None,
+    progress: Progress = silent,
 ) -> BenchResult:
     """Measure ops at shapes (each op's own where none is given).
 
@@ -273,9 +274,15 @@ def bench_ops(
         "device": str(device),
         "pass": passes,
     }
-    figures = figures_of(rows, gpu)
     return BenchResult(
-        "ops", settings, [row.to_json() for row in rows], figures, ceilings.to_json(), list(dict.fromkeys(notes))
+        "ops",
+        settings,
+        [row.to_json() for row in rows],
+        figures_of(rows, gpu),
+        [_table(rows, f"Ops in {dtype_name(dtype)} on {gpu or 'the CPU'}")],
+        _plots(rows),
+        ceilings.to_json(),
+        list(dict.fromkeys(notes)),
     )
 
 
@@ -327,3 +334,42 @@ def figures_of(rows: Sequence[OpRow], gpu: str | None) -> list[Figure]:
             asked_too = gpu is not None and CHIP in gpu and ours.op in AS_FAST_AS_PEERS
             made.append(Figure(f"{what}, against {who}", ratio, 1.0 if asked_too else None, "x"))
     return made
+
+
+def _table(rows: Sequence[OpRow], title: str) -> Table:
+    shown = []
+    for row in rows:
+        what = f"{row.op} {shape_text(row.shape)}"
+        passes = "both" if row.both else "forward"
+        who = row.who if row.backend is None else f"{row.who} ({row.backend})"
+        if isinstance(row.outcome, Failure) or row.floor is None:
+            reason = row.outcome.reason if isinstance(row.outcome, Failure) else ""
+            shown.append((what, passes, who, "-", "", "", "", reason))
+            continue
+        shown.append(
+            (
+                what,
+                passes,
+                who,
+                f"{row.outcome.median * 1e3:.3g}",
+                f"{row.outcome.spread:.0%}",
+                f"{row.floor.seconds * 1e3:.3g} {row.floor.bound}",
+                f"{row.fraction:.0%}",
+                "" if row.ratio is None or row.backend is not None else f"{row.ratio:.2f}x ours",
+            )
+        )
+    headings = ("op", "pass", "who", "ms", "spread", "floor, ms", "reached", "")
+    own = [index for index, row in enumerate(rows) if row.backend is not None]
+    return Table(title, headings, shown, right=(3, 4, 6), own=own)
+
+
+def _plots(rows: Sequence[OpRow]) -> list[Bars]:
+    groups: dict[str, list[Bar]] = {}
+    for row in rows:
+        if isinstance(row.outcome, Failure) or row.floor is None:
+            continue
+        bars = groups.setdefault(f"{row.op} {shape_text(row.shape)}, {row.passes}", [])
+        if not bars:
+            bars.append(Bar(f"floor: {row.floor.bound}", row.floor.seconds * 1e3, "second"))
+        bars.append(Bar(row.who, row.outcome.median * 1e3, "model" if row.backend is not None else "other"))
+    return [Bars("Time beside the floor", "milliseconds", list(groups.items()))] if groups else []

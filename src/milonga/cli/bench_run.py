@@ -3,13 +3,17 @@
 import json
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
-from milonga.bench import BenchResult, Figure, bench_ops, number
+from milonga.bench import BenchResult, bench_ops
 from milonga.bench.ops import parse_dtype, parse_ops, parse_shape
+from milonga.bench.page import check_plot, figure_table, render, write_plot
+from milonga.bench.result import Progress
 from milonga.cli import console
-from milonga.files import write_atomically
+from milonga.files import ensure_folder, write_atomically
 from milonga.inference.language_model import choose_device
 
 
@@ -18,30 +22,57 @@ def command_line() -> str:
     return shlex.join(["milonga", *sys.argv[1:]])
 
 
-def finish(result: BenchResult, tables: Sequence[object], json_: str | None) -> int:
-    """Print the result, or write it; the exit code."""
-    if json_ is not None and json_ != "-":
-        write_atomically(Path(json_), json.dumps(result.to_json(command_line()), indent=2) + "\n")
-    if json_ == "-":
-        console.print_json(result.to_json(command_line()))
+class Outputs(NamedTuple):
+    """Where a result goes besides the terminal."""
+
+    json: str | None  # a file, or - for stdout
+    folder: str | None
+    plot: str | None
+
+
+def check(outputs: Outputs) -> None:
+    """Raises:
+    UserError: if something could not be written after minutes of measuring.
+    """
+    check_plot(outputs.plot)
+
+
+def finish(result: BenchResult, outputs: Outputs) -> int:
+    """Print the tables, or JSON, and write the files asked for; the exit code."""
+    command = command_line()
+    facts = result.to_json(command)
+    text = json.dumps(facts, indent=2) + "\n"
+    if outputs.folder is not None:
+        folder = Path(outputs.folder)
+        ensure_folder(folder)
+        write_atomically(folder / "bench.json", text)
+        write_atomically(folder / "bench.html", render(result, command))
+    if outputs.plot is not None:
+        write_plot(result, Path(outputs.plot))
+    if outputs.json == "-":
+        console.print_json(facts)
         return 0
+    if outputs.json is not None:
+        write_atomically(Path(outputs.json), text)
+    demanded = [figure for figure in result.figures if figure.demanded is not None]
+    tables = [*result.tables, *([figure_table(demanded)] if demanded else [])]
     for table in tables:
-        console.stdout.print(table)
+        console.stdout.print(console.table(table.title, table.headings, table.rows, right=table.right))
     for note in result.notes:
         console.stdout.print(note, markup=False)
     return 0
 
 
-def verdict(figure: Figure) -> str:
-    """`at most 0.75 (aim 0.6): ok`; empty where nothing is demanded."""
-    if figure.demanded is None:
-        return ""
-    aim = f" (aim {number(figure.aim)})" if figure.aim is not None else ""
-    return f"{'at least' if figure.at_least else 'at most'} {number(figure.demanded)}{aim}: {_met(figure)}"
+@contextmanager
+def shown(unit: str) -> Iterator[Progress]:
+    """Progress with the time left, as measurements take a callback for it."""
+    with console.progress("measuring", unit=unit) as bar:
 
+        def show(done: int, total: int, what: str) -> None:
+            bar.expect(total)
+            bar.update(done, what)
 
-def _met(figure: Figure) -> str:
-    return "ok" if figure.met else "MISSED"
+        yield show
 
 
 def run_bench_ops(
@@ -63,39 +94,8 @@ def run_bench_ops(
     ops, shapes = parse_ops(op), [parse_shape(text) for text in shape]
     place = choose_device(device)
     chosen = parse_dtype(dtype, place)
-    with console.progress("measuring", unit="measurements") as bar:
-
-        def show(done: int, total: int, what: str) -> None:
-            bar.total = total
-            bar.update(done, what)
-
-        result = bench_ops(ops, shapes, chosen, place, passes, peers=peers, progress=show)
-    return finish(result, [_op_table(result)], json_)
-
-
-def _op_table(result: BenchResult) -> object:
-    rows = []
-    for row in result.rows:
-        shape = row["shape"]
-        assert isinstance(shape, dict)
-        what = f"{row['op']} " + " ".join(f"{letter}{count}" for letter, count in shape.items())
-        passes = "both" if row["pass"] == "both" else "forward"
-        who = row["who"] if row["backend"] is None else f"{row['who']} ({row['backend']})"
-        if row["failed"] is not None:
-            rows.append((what, passes, who, "-", "", "", str(row["failed"])))
-            continue
-        rows.append(
-            (
-                what,
-                passes,
-                who,
-                f"{row['ms']:.3g}",
-                f"{row['floor_ms']:.3g} {row['bound']}",
-                f"{row['fraction']:.0%}",
-                "" if row["backend"] is not None else f"{row['times_ours']:.2f}x ours",
-            )
-        )
-    headings = ("op", "pass", "who", "ms", "floor", "reached", "")
-    return console.table(
-        f"Ops in {result.settings['dtype']} on {result.settings['device']}", headings, rows, right=(3, 5)
-    )
+    outputs = Outputs(json_, out, plot)
+    check(outputs)
+    with shown("measurements") as progress:
+        result = bench_ops(ops, shapes, chosen, place, passes, peers=peers, progress=progress)
+    return finish(result, outputs)

@@ -129,6 +129,12 @@ class Bar:
         elif time.monotonic() - self._said >= LINE_EVERY:
             self._line()
 
+    def expect(self, total: float) -> None:
+        """How much there is in all, where that becomes known only now."""
+        self.total = total
+        if self._bar is not None and self._task is not None:
+            self._bar.update(self._task, total=total)
+
     def advance(self, by: float, note: str = "") -> None:
         """`by` more than before."""
         self.update(self.done + by, note)

@@ -55,6 +55,11 @@ mark { background: var(--wash); color: inherit; border-radius: 3px; padding: .08
   font-size: .92rem; }
 .facts dt { color: var(--muted); }
 .facts dd { margin: 0; overflow-wrap: anywhere; }
+.scroll { overflow-x: auto; }
+table { border-collapse: collapse; font-size: .88rem; margin-top: .9rem; font-variant-numeric: tabular-nums;
+  min-width: 100%; }
+th, td { text-align: left; padding: .3rem .9rem .3rem 0; border-bottom: 1px solid var(--grid); vertical-align: top; }
+th { color: var(--muted); font-weight: 500; } .right { text-align: right; } tr.own td { font-weight: 600; }
 pre { font: .82rem/1.5 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; overflow-x: auto; margin: .9rem 0 0; }
 code { font: .9em ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; overflow-wrap: anywhere; }
 summary { cursor: pointer; font-weight: 600; }
@@ -125,6 +130,26 @@ def facts(rows: Mapping[str, str]) -> str:
     """Names and values."""
     cells = "".join(f"<dt>{escape(name)}</dt><dd>{escape(value)}</dd>" for name, value in rows.items())
     return f'<dl class="facts">{cells}</dl>'
+
+
+def table(
+    headings: Sequence[str], rows: Sequence[Sequence[str]], *, right: Sequence[int] = (), own: Sequence[int] = ()
+) -> str:
+    """A table; the columns in `right` are flush right, the rows in `own` are ours."""
+
+    def cells(tag: str, row: Sequence[str]) -> str:
+        made = ""
+        for index, cell in enumerate(row):
+            side = ' class="right"' if index in right else ""
+            made += f"<{tag}{side}>{escape(cell)}</{tag}>"
+        return made
+
+    head = f"<tr>{cells('th', headings)}</tr>"
+    body = ""
+    for index, row in enumerate(rows):
+        mine = ' class="own"' if index in own else ""
+        body += f"<tr{mine}>{cells('td', row)}</tr>"
+    return f'<div class="scroll"><table>{head}{body}</table></div>'
 
 
 def preformatted(text: str) -> str:

@@ -4,7 +4,7 @@ import torch
 from fla.modules.activations import swiglu
 from fla.modules.causal_conv1d import causal_conv1d
 from fla.modules.fused_linear_cross_entropy import fused_linear_cross_entropy_loss
-from fla.modules.norm import rms_norm
+from fla.modules.norm.layernorm import rms_norm
 from fla.modules.rotary import rotary_embedding
 from torch import Tensor
 

@@ -7,8 +7,9 @@ from transformers.models.mamba import modeling_mamba
 
 from milonga.bench.cases import Case, Contender
 
-# The scan of the slow path keeps every step's decays and inputs, and walks over time in Python.
-_STEPS_MOST = 4096
+# The scan of the slow path keeps every step's decays and inputs, and walks over time in Python; its backward pass adds
+# whole gradients for every step, so that its time grows with the square of the length.
+_STEPS_MOST, _BACKWARD_STEPS_MOST = 4096, 128
 
 
 def _scan(case: Case) -> list[Contender]:
@@ -27,7 +28,8 @@ def _scan(case: Case) -> list[Contender]:
         return made.transpose(1, 2).to(x.dtype)
 
     leaves = (first(x), first(dt), A, first(B), first(C), D, first(z), bias)
-    return [Contender("transformers [B E T]", leaves, run, needs=6.0 * s["B"] * s["T"] * s["E"] * s["N"] * 4)]
+    needs, long = 6.0 * s["B"] * s["T"] * s["E"] * s["N"] * 4, s["T"] > _BACKWARD_STEPS_MOST
+    return [Contender("transformers [B E T]", leaves, run, needs=needs, slow_backward=long)]
 
 
 def _norm(case: Case) -> list[Contender]:
