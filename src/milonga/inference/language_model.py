@@ -9,6 +9,7 @@ import torch
 from milonga.data.bpe import TOKENIZER, load_tokenizer
 from milonga.data.text import ByteCodec, TextCodec
 from milonga.errors import UserError
+from milonga.inference.batch import Batch
 from milonga.inference.session import Session
 from milonga.models.network import Network
 from milonga.models.pretrained import fingerprint, load_weights, run_checkpoint
@@ -64,6 +65,14 @@ class LanguageModel:
         if path is not None:
             session.restore(path)
         return session
+
+    def batch(self, *, max_rows: int = 16, exact: bool = False) -> Batch:
+        """Texts written together, `max_rows` at once; they join and leave while others go on. See `Batch`.
+
+        Raises:
+            UserError: if `max_rows` is below 1.
+        """
+        return Batch(self.network, self.codec, self.session, max_rows=max_rows, exact=exact)
 
     def __repr__(self) -> str:
         return f"LanguageModel({str(self.path) if self.path else 'in memory'!r}, device={str(self.device)!r})"
