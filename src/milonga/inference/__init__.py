@@ -1,7 +1,23 @@
 """Reading and writing text with a trained model: language models, sessions, sampling."""
 
+from milonga.inference.generation import Generation, Logprob
 from milonga.inference.language_model import LanguageModel, choose_device, load
+from milonga.inference.marks import Mark
 from milonga.inference.sampling import Sampler, Sampling, distribution
-from milonga.inference.session import Mark, Session
+from milonga.inference.session import Session
+from milonga.inference.store import Reuse, StateStore
 
-__all__ = ["LanguageModel", "Mark", "Sampler", "Sampling", "Session", "choose_device", "distribution", "load"]
+__all__ = [
+    "Generation",
+    "LanguageModel",
+    "Logprob",
+    "Mark",
+    "Reuse",
+    "Sampler",
+    "Sampling",
+    "Session",
+    "StateStore",
+    "choose_device",
+    "distribution",
+    "load",
+]

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from milonga.data.text import TextCodec, Utf8Stream
 from milonga.errors import UserError
+from milonga.inference import text_digest
 from milonga.inference.sampling import LONGEST_WINDOW
 from milonga.models.network import Network, NetworkState
 from milonga.state import nbytes as state_nbytes
@@ -24,11 +25,23 @@ class Mark:
     pending: bytes  # the last bytes, where they do not yet make a whole character
     bytes_read: int
     recent: np.ndarray = field(default_factory=lambda: np.empty(0, np.int32))  # ids of the last tokens, at most 1024
+    chain: bytes | None = b""  # of `milonga.inference.text_digest`; None where it is not known what was read
 
     @property
     def nbytes(self) -> int:
         """Bytes of memory that the tensors hold."""
         return state_nbytes((self.state, self.logits))
+
+    @property
+    def digest(self) -> bytes | None:
+        """A hash of all tokens that were read; None where they are not known."""
+        if self.chain is None:
+            return None
+        return text_digest.digest(self.chain, self._rest())
+
+    def _rest(self) -> np.ndarray:
+        """The tokens behind the last whole block of the hash."""
+        return self.recent[len(self.recent) - self.position % text_digest.BLOCK :]
 
     def advanced(self, ids: np.ndarray, state: NetworkState, logits: Float[Tensor, " V"], codec: TextCodec) -> "Mark":
         """The place behind the tokens `ids [T]`, not empty, where the network has come to `state` and `logits`."""
@@ -37,7 +50,11 @@ class Mark:
         stream.feed(data)
         recent = np.concatenate((self.recent, ids[-LONGEST_WINDOW:].astype(np.int32)))[-LONGEST_WINDOW:]
         position, bytes_read = self.position + len(ids), self.bytes_read + len(data)
-        return Mark(self.network, state, logits, position, stream.pending, bytes_read, recent)
+        chain = self.chain
+        if chain is not None and position // text_digest.BLOCK > self.position // text_digest.BLOCK:
+            unhashed = np.concatenate((self._rest(), ids))
+            chain = text_digest.chain(chain, unhashed[: len(unhashed) - position % text_digest.BLOCK])
+        return Mark(self.network, state, logits, position, stream.pending, bytes_read, recent, chain)
 
 
 class KeptMarks:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from milonga.inference.constraints import Constraint
 from milonga.inference.generation import Generation, as_bytes, as_text
 from milonga.inference.marks import KeptMarks, Mark
 from milonga.inference.sampling import Sampler, Sampling
-from milonga.inference.session_file import SavedSession, read_session, write_session
+from milonga.inference.session_file import read_session, write_session
 from milonga.models.network import LogitsOf, Network
 from milonga.state import clone
 
@@ -220,17 +221,8 @@ class Session:
 
     def fork(self) -> "Session":
         """A second session at the same place. The two share no memory; neither notices the other. It keeps no marks."""
-        twin = Session(self._network, self.codec, self._fingerprint)
-        here = self._here
-        twin._here = Mark(
-            here.network,
-            clone(here.state),
-            here.logits.clone(),
-            here.position,
-            here.pending,
-            here.bytes_read,
-            here.recent.copy(),
-        )
+        twin, here = Session(self._network, self.codec, self._fingerprint), self._here
+        twin._here = replace(here, state=clone(here.state), logits=here.logits.clone())
         twin.sampling = self.sampling
         return twin
 
@@ -283,20 +275,7 @@ class Session:
         Raises:
             UserError: if the file cannot be written.
         """
-        here = self._here
-        saved = SavedSession(
-            here.state,
-            here.logits,
-            here.position,
-            here.pending,
-            here.bytes_read,
-            here.recent,
-            self.sampling,
-            self._fingerprint(),
-            self.codec.name,
-            self.codec.digest,
-        )
-        write_session(Path(path), saved)
+        write_session(Path(path), self._here, self.sampling, self._fingerprint(), self.codec)
 
     def restore(self, path: str | Path) -> None:
         """Go to the place saved in a file. Files of another model, or damaged ones, leave the session as it is.
@@ -304,20 +283,9 @@ class Session:
         Raises:
             UserError: if the file is missing, damaged, of another model or of a newer format.
         """
-        like = (self._network.init_state(1), self._here.logits)
-        saved = read_session(Path(path), self._fingerprint(), (self.codec.name, self.codec.digest), like)
-        self._go(
-            Mark(
-                self._network,
-                saved.state,
-                saved.logits,
-                saved.position,
-                saved.pending,
-                saved.bytes_read,
-                saved.recent,
-            )
-        )
-        self.sampling = saved.sampling
+        like = replace(self._here, state=self._network.init_state(1))
+        mark, self.sampling = read_session(Path(path), self._fingerprint(), self.codec, like)
+        self._go(mark)
 
     def _go(self, mark: Mark) -> None:
         """Stand at a mark. Marks kept on the way there stay; if it is on another way, keeping them starts anew."""

@@ -3,43 +3,26 @@
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
-from jaxtyping import Float
 from safetensors import SafetensorError
 from safetensors.torch import load as deserialise
 from safetensors.torch import safe_open
 from torch import Tensor
 
+from milonga.data.text import TextCodec
 from milonga.errors import UserError
+from milonga.inference.marks import Mark
 from milonga.inference.sampling import Sampling
-from milonga.models.network import NetworkState
 from milonga.state import from_flat, to_flat
 from milonga.tensor_files import save_tensors
 
-# 2 added the codec's digest, the bytes and the last tokens read, and the sampling; a file of format 1 has none of them
+# 2 added the codec's digest, what is known of the text read, and the sampling; a file of format 1 has none of them
 FORMAT = 2
 _STATE, _LOGITS, _RECENT = "state.", "next_logits", "recent"
+_UNKNOWN = "unknown"
 _KEYS = ("session_format", "model", "codec", "position", "pending", "checksum")
-
-
-@dataclass(frozen=True, eq=False)
-class SavedSession:
-    """What a state file holds."""
-
-    state: NetworkState
-    logits: Float[Tensor, " V"]  # fp32, of the next byte
-    position: int
-    pending: bytes
-    bytes_read: int
-    recent: np.ndarray  # int32, ids of the last tokens
-    sampling: Sampling | None  # of the last generate, with its seed: all that its random numbers depend on
-    model: str  # fingerprint of the network
-    codec: str
-    codec_digest: str
 
 
 def _checksum(tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> str:
@@ -54,37 +37,45 @@ def _checksum(tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> str:
     return digest.hexdigest()
 
 
-def write_session(path: Path, session: SavedSession) -> None:
+def write_session(path: Path, mark: Mark, sampling: Sampling | None, model: str, codec: TextCodec) -> None:
     """Write a state file, whole or not at all.
+
+    Args:
+        path: the file.
+        mark: the place to save.
+        sampling: of the last text written, with its seed: all that its random numbers depend on beside the position.
+        model: fingerprint of the network.
+        codec: of the session.
 
     Raises:
         UserError: if it cannot be written; what was at `path` stays.
     """
-    tensors = {_STATE + name: tensor for name, tensor in to_flat(session.state).items()} | {_LOGITS: session.logits}
-    tensors |= {_RECENT: torch.tensor(session.recent)}
+    tensors = {_STATE + name: tensor for name, tensor in to_flat(mark.state).items()} | {_LOGITS: mark.logits}
+    tensors |= {_RECENT: torch.tensor(mark.recent)}
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     header = {
         "session_format": str(FORMAT),
-        "model": session.model,
-        "codec": session.codec,
-        "codec_digest": session.codec_digest,
-        "position": str(session.position),
-        "bytes_read": str(session.bytes_read),
-        "pending": session.pending.hex(),
-        "sampling": json.dumps(session.sampling.to_json() if session.sampling is not None else None),
+        "model": model,
+        "codec": codec.name,
+        "codec_digest": codec.digest,
+        "position": str(mark.position),
+        "bytes_read": str(mark.bytes_read),
+        "pending": mark.pending.hex(),
+        "chain": mark.chain.hex() if mark.chain is not None else _UNKNOWN,
+        "sampling": json.dumps(sampling.to_json() if sampling is not None else None),
     }
     header["checksum"] = _checksum(tensors, header)
     save_tensors(tensors, path, header)
 
 
-def read_session(path: Path, model: str, codec: tuple[str, str], like: tuple[NetworkState, Tensor]) -> SavedSession:
-    """Read a state file.
+def read_session(path: Path, model: str, codec: TextCodec, like: Mark) -> tuple[Mark, Sampling | None]:
+    """Read a state file: -> (the place saved, the sampling saved).
 
     Args:
         path: the file.
         model: the fingerprint that the file must have.
-        codec: name and digest of the text codec that it must have.
-        like: a state and logits whose structure, shapes, dtypes and devices the result takes.
+        codec: the codec that it must have.
+        like: a mark of the network, with an empty state; the result's tensors take its shapes, dtypes and devices.
 
     Raises:
         UserError: if the file is missing, damaged, no state file, of a newer format, or of another model.
@@ -97,31 +88,30 @@ def read_session(path: Path, model: str, codec: tuple[str, str], like: tuple[Net
             f"{path}: the state of another model (fingerprint {header['model'][:12]}, this one's is {model[:12]}); "
             "load the model it was saved with"
         )
-    if header["codec"] != codec[0]:
-        raise UserError(f"{path}: reads text as '{header['codec']}', this model as '{codec[0]}'")
-    if header.get("codec_digest", codec[1]) != codec[1]:
-        raise UserError(
-            f"{path}: was saved with another tokenizer of the kind '{codec[0]}'; use the one it was made with"
-        )
-    logits = tensors.pop(_LOGITS)
-    recent = tensors.pop(_RECENT, torch.empty(0, dtype=torch.int32)).numpy()
+    if header["codec"] != codec.name:
+        raise UserError(f"{path}: reads text as '{header['codec']}', this model as '{codec.name}'")
+    if header.get("codec_digest", codec.digest) != codec.digest:
+        raise UserError(f"{path}: saved with another tokenizer, also of the kind '{codec.name}'; use that one")
+    logits, recent = tensors.pop(_LOGITS), tensors.pop(_RECENT, torch.empty(0, dtype=torch.int32))
     flat = {name.removeprefix(_STATE): tensor for name, tensor in tensors.items()}
     try:
-        state, logits = from_flat(flat, like=like[0]), from_flat({"": logits}, like=like[1])
+        state, logits = from_flat(flat, like=like.state), from_flat({"": logits}, like=like.logits)
     except ValueError as error:
         raise UserError(f"{path}: does not fit this version of milonga: {error}") from error
     position, sampling = int(header["position"]), json.loads(header.get("sampling", "null"))
-    return SavedSession(
+    bytes_read = int(header.get("bytes_read", position))  # format 1 knew models of bytes only
+    chain = header.get("chain", _UNKNOWN)
+    mark = Mark(
+        like.network,
         state,
         logits,
         position,
         bytes.fromhex(header["pending"]),
-        int(header.get("bytes_read", position)),  # format 1 knew models of bytes only
-        recent,
-        Sampling.from_json(sampling) if sampling is not None else None,
-        model,
-        *codec,
+        bytes_read,
+        recent.numpy(),
+        bytes.fromhex(chain) if chain != _UNKNOWN else None,
     )
+    return mark, Sampling.from_json(sampling) if sampling is not None else None
 
 
 def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
