@@ -43,6 +43,17 @@ def test_the_fingerprint_is_that_of_config_and_weights(run):
     assert loaded.fingerprint != milonga.load(folder / "checkpoints" / "step-00000100").fingerprint
 
 
+def test_weights_load_in_the_dtype_asked_for(run):
+    lm, folder = run
+    network = milonga.load(folder, device="cpu", dtype="bfloat16").network
+    for (name, got), exact in zip(network.state_dict().items(), lm.network.state_dict().values(), strict=True):
+        kept = "norm" in name or "scan." in name
+        assert got.dtype == (torch.float32 if kept else torch.bfloat16)
+        assert torch.equal(got, exact.to(got.dtype))
+    with pytest.raises(UserError, match="dtype 'int8' cannot be used; choose from"):
+        milonga.load(folder, dtype="int8")
+
+
 def test_what_cannot_be_loaded_is_named(tmp_path):
     with pytest.raises(UserError, match="nowhere"):
         milonga.load(tmp_path / "nowhere")

@@ -14,6 +14,8 @@ from milonga.inference.session import Session
 from milonga.models.network import Network
 from milonga.models.pretrained import fingerprint, load_weights, run_checkpoint
 
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+
 
 class LanguageModel:
     """A network, the codec that turns text into its tokens, and what is known about the run that trained it.
@@ -97,19 +99,39 @@ def choose_device(device: str | torch.device | None) -> torch.device:
     return chosen
 
 
-def load(path: str | Path, *, device: str | torch.device | None = None) -> LanguageModel:
+def choose_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
+    """The dtype of that name; None for None.
+
+    Raises:
+        UserError: if it is none that networks run in.
+    """
+    if dtype is None:
+        return None
+    name = str(dtype).removeprefix("torch.")
+    if name not in DTYPES:
+        raise UserError(f"dtype {name!r} cannot be used; choose from {', '.join(DTYPES)}")
+    return DTYPES[name]
+
+
+def load(
+    path: str | Path, *, device: str | torch.device | None = None, dtype: str | torch.dtype | None = None
+) -> LanguageModel:
     """The model of a run, a checkpoint folder or a weight file, ready to read and write text.
 
     Args:
         path: a run's folder (its last checkpoint is taken), a checkpoint folder, or a weight file.
         device: such as `cpu` or `cuda:1`; None for a GPU where there is one, else the CPU.
+        dtype: of weights and activations, such as `bfloat16`; recurrent states, norms and what the recurrence is made
+            of stay at least fp32. None for that of the file. A model that was rounded is another model to state files.
 
     Raises:
-        UserError: if there is no model at `path`, it is damaged or of a newer format, or the device cannot be used.
+        UserError: if there is no model at `path`, it is damaged or of a newer format, or the device or the dtype cannot
+            be used.
     """
-    where = choose_device(device)
+    where, wanted = choose_device(device), choose_dtype(dtype)
     weights = run_checkpoint(path)
     network, header = load_weights(weights, device=where)
+    network = network if wanted is None else network.to(wanted)
     facts = {key: value for key, value in header.items() if key not in ("format", "config")}
     return LanguageModel(network, _codec(weights, header), facts, weights)
 
