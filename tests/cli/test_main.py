@@ -23,9 +23,13 @@ HELPS = [
     ["generate", "--help"],
     ["evaluate", "--help"],
     ["evaluate", "perplexity", "--help"],
+    ["tokenizer", "--help"],
+    ["tokenizer", "train", "--help"],
+    ["tokenizer", "inspect", "--help"],
     ["presets", "--help"],
     ["doctor", "--help"],
 ]
+GROUPS = ("evaluate", "tokenizer")
 
 
 def python(code, *arguments, folder="."):
@@ -63,7 +67,7 @@ def test_every_help_shows_how_to_start(arguments, capsys):
     assert re.search(r"^  +(Start with: )?milonga ", out, re.MULTILINE)
 
 
-@pytest.mark.parametrize("arguments", [h for h in HELPS if len(h) > 1 and h[0] != "evaluate"], ids=" ".join)
+@pytest.mark.parametrize("arguments", [h for h in HELPS if len(h) > 1 and h[-2] not in GROUPS], ids=" ".join)
 def test_every_command_with_figures_gives_json(arguments, capsys):
     main.run(arguments)
     assert "--json" in capsys.readouterr().out

@@ -3,6 +3,7 @@
 import pytest
 import yaml
 
+from milonga.data.bpe import BpeCodec
 from milonga.errors import UserError
 from milonga.models import preset
 from milonga.training import RunConfig, recipe_names
@@ -19,15 +20,20 @@ def recipe(tmp_path):
 
 
 def test_packaged_recipes():
-    assert {"demo", "samba-421m", "samba-1.3b", "mambabyte-353m"} <= set(recipe_names())
+    assert {"demo", "samba-421m", "samba-1.3b", "mambabyte-353m", "subword-samba-small"} <= set(recipe_names())
 
 
 @pytest.mark.parametrize("name", recipe_names())
-def test_every_packaged_recipe_is_a_config_and_has_its_own_name(name):
+def test_every_packaged_recipe_is_a_config_and_has_its_own_name(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    BpeCodec([(b"a", b"b")]).save("tokenizer.json")
     text = [] if name == "demo" else ["data.paths=books"]
     made = RunConfig.load(name, text)
     assert made.name == name
-    assert made.model.vocab_size == 256
+    if made.data.tokenizer is None:
+        assert made.model.vocab_size == 256
+    else:
+        assert made.model.vocab_size == {"subword-samba-small": 257, "subword-samba-421m": 32000}[name]
     assert RunConfig.parse(yaml.safe_load(made.dump()), "dump") == made
 
 
@@ -35,6 +41,7 @@ def test_the_papers_recipes():
     samba, mambabyte = (RunConfig.load(name, ["data.paths=books"]) for name in ("samba-421m", "mambabyte-353m"))
     assert samba.model == preset("samba-421m").replace(vocab_size=256)
     assert mambabyte.model == preset("mambabyte-353m")
+    assert RunConfig.load("subword-samba-421m", ["data.paths=books"]).model == preset("samba-421m")
     training = samba.training
     assert training.batch * training.window * training.steps == pytest.approx(20e9, rel=1e-3)
     assert training.optimizer.decay == "all"

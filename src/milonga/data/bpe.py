@@ -278,7 +278,8 @@ def load_tokenizer(path: str | Path) -> BpeCodec:
     try:
         content = json.loads(path.read_bytes())
     except OSError as error:
-        raise UserError(f"tokenizer: cannot read {path}: {error.strerror}") from error
+        hint = " (milonga tokenizer train makes one)" if isinstance(error, FileNotFoundError) else ""
+        raise UserError(f"tokenizer: cannot read {path}: {error.strerror}{hint}") from error
     except ValueError as error:
         raise UserError(f"tokenizer: {path} is damaged or no tokenizer.json ({error})") from error
     try:

@@ -118,11 +118,13 @@ class RunConfig(BaseModel):
     def parse(cls, settings: Mapping[str, Any], where: str) -> "RunConfig":
         """The config of a nested mapping that came from `where`.
 
+        A model that gives no vocab_size gets that of the tokenizer.
+
         Raises:
-            UserError: one line with the path of every wrong key.
+            UserError: one line with the path of every wrong key; or the tokenizer cannot be read.
         """
         try:
-            return cls.model_validate(settings)
+            return cls.model_validate(with_vocabulary(settings))
         except ValidationError as error:
             raise UserError(f"{where}: {describe_validation(error)}") from error
 
@@ -138,7 +140,6 @@ class RunConfig(BaseModel):
         for change in changes:
             set_key(settings, change)
         expand_preset(settings)  # `--set model=samba-421m`
-        fill_vocabulary(settings)
         return cls.parse(settings, str(recipe))
 
     def dump(self) -> str:
@@ -195,16 +196,17 @@ def expand_preset(settings: dict[str, Any]) -> None:
         settings["model"] = _merged(preset(model["preset"]).model_dump(mode="json"), changes)
 
 
-def fill_vocabulary(settings: dict[str, Any]) -> None:
-    """Put the tokenizer's vocabulary size where the model gives none.
+def with_vocabulary(settings: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The settings with the tokenizer's vocabulary size where the model gives none.
 
     Raises:
         UserError: if the tokenizer cannot be read.
     """
     model, data = settings.get("model"), settings.get("data")
-    path = data.get("tokenizer") if isinstance(data, dict) else None
-    if isinstance(path, str) and isinstance(model, dict) and "vocab_size" not in model:
-        model["vocab_size"] = load_tokenizer(Path(path).expanduser()).vocab_size
+    path = data.get("tokenizer") if isinstance(data, Mapping) else None
+    if isinstance(path, str) and isinstance(model, Mapping) and "vocab_size" not in model:
+        return {**settings, "model": {**model, "vocab_size": load_tokenizer(Path(path).expanduser()).vocab_size}}
+    return settings
 
 
 def _merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
