@@ -48,7 +48,7 @@ def loss_forward(
     chosen = tl.load(logits + rows.to(tl.int64) * stride + target, mask=known, other=float("nan")).to(tl.float32)
     if BIAS:
         chosen += tl.load(bias + target, mask=known, other=0.0).to(tl.float32)
-    logarithm = tl.log(total)
+    logarithm = tl.log(tl.where(live, total, 1.0))
     tl.store(losses + rows, tl.where(counts, logarithm - (chosen - peak), 0.0), mask=live)
     tl.store(totals + rows, peak + logarithm, mask=live)
 

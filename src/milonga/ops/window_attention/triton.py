@@ -1,15 +1,26 @@
-"""`window_attention` on a GPU: the choice of kernel and of blocks, and launches."""
+"""`window_attention` on a GPU: the choice of kernel and of blocks, and launches.
 
-from typing import NamedTuple
+Three ways, chosen in `_way` and measured in docs/performance.md: few steps after a past are decoded (`triton_decode`),
+causal attention over everything in half precision goes to cuDNN where the GPU is a Hopper or later, and all else,
+windows, packed sequences, rings and fp32 among it, takes the kernels of `triton_kernels`.
+"""
+
+from functools import cache
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from milonga.ops.window_attention import triton_kernels
+from milonga.ops.window_attention import triton_decode, triton_kernels
 
 LOG2_E = 1.4426950408889634
 NO_WINDOW = 1 << 30  # more than any piece has steps; sums with it stay within 31 bits
 DOTS = 16  # rows of a program that takes the products of y and its gradient
+DECODED = 16  # most steps of a piece that is decoded
+DECODED_ROWS = 128  # most pairs of a step and a head that a decoding program has
+SPLITS = 64  # most programs that share the keys of a decoded row
+SHORTEST_SPLIT = 128
+LIBRARY_STEPS = 512  # fewest steps for which the library is asked
 
 
 class Blocks(NamedTuple):
@@ -84,9 +95,9 @@ class _Plan:
         self.past = self.slots > 0 and self.sequences > 0
         self.packed = offsets is not None
         # the kernels' running maximum takes scores before their factor, so that must be positive
-        self.sign = -1.0 if scale < 0 else 1.0
+        self.negative = scale < 0
         self.scale = abs(scale)
-        q = q if scale >= 0 else -q
+        q = self.signed(q)
         self.q, self.k, self.v, past_k, past_v = (_steps_first(t) for t in (q, k, v, past_k, past_v))
         self.past_k, self.past_v = (past_k, past_v) if self.past else (self.k, self.v)
         self.position = self.k if position is None or not self.past else position
@@ -100,6 +111,10 @@ class _Plan:
         self.tuning = tuning(q.dtype, max(self.sizes["K"], self.sizes["V"]))
         self.empty = q.numel() == 0 or v.numel() == 0
 
+    def signed(self, queries: Tensor) -> Tensor:
+        """The queries that go with the positive scale, or from their gradient that of the ones given."""
+        return -queries if self.negative else queries
+
     def strides(self, *tensors: Tensor) -> tuple[int, ...]:
         return tuple(step for tensor in tensors for step in _strides(tensor))
 
@@ -107,6 +122,24 @@ class _Plan:
         """Programs of `steps` steps and a head each; where sequences are packed, each may have one that is empty."""
         blocks = self.time // steps + self.sequences if self.packed else -(-self.time // steps)
         return blocks, heads, 1 if self.packed else self.batch
+
+
+@cache
+def _has_library(device: torch.device) -> bool:
+    return torch.cuda.get_device_capability(device) >= (9, 0) and torch.backends.cudnn.is_available()
+
+
+def _way(plan: _Plan, window: int | None) -> Literal["decode", "library", "own"]:
+    """Which kernels run. They differ in rounding, and the library's backward pass promises no fixed order of sums."""
+    q, v = plan.q, plan.v
+    if plan.past and not plan.packed and plan.time <= DECODED and plan.time * plan.sizes["GROUP"] <= DECODED_ROWS:
+        return "decode"
+    half, square = q.dtype in (torch.bfloat16, torch.float16), q.shape[3] == v.shape[3]
+    fits = half and square and q.shape[3] % 8 == 0 and q.shape[3] <= 128
+    plain = not plan.packed and not plan.past and (window is None or window >= plan.time)
+    if fits and plain and plan.time >= LIBRARY_STEPS and q.device.type == "cuda" and _has_library(q.device):
+        return "library"
+    return "own"
 
 
 def _launch(blocks: Blocks) -> dict[str, int]:
@@ -130,7 +163,13 @@ def forward(
     stats = torch.empty(2, *q.shape[:3], dtype=torch.float32, device=q.device)
     if plan.empty:
         return y, stats
+    way = _way(plan, window)
+    if way == "library":
+        return _library_forward(plan, stats)
     with torch.cuda.device_of(q):
+        if way == "decode":
+            _decode(plan, y, stats)
+            return y, stats
         triton_kernels.attention_forward[plan.grid(plan.tuning.forward.queries, plan.heads)](
             plan.q, plan.k, plan.v, plan.past_k, plan.past_v, plan.position, plan.bounds, y, stats,
             plan.time, plan.sequences, plan.window, plan.scale * LOG2_E, plan.slots, plan.heads,
@@ -138,6 +177,49 @@ def forward(
             **plan.sizes, PAST=plan.past, **_launch(plan.tuning.forward),
         )  # fmt: skip
     return y, stats
+
+
+def _decode(plan: _Plan, y: Tensor, stats: Tensor) -> None:
+    sizes = {name: value for name, value in plan.sizes.items() if name != "PACKED"}
+    length = max(SHORTEST_SPLIT, -(-plan.slots // (SPLITS * SHORTEST_SPLIT)) * SHORTEST_SPLIT)
+    splits = -(-plan.slots // length)
+    rows = _padded(plan.time * sizes["GROUP"])
+    programs = (plan.groups, splits, plan.sequences)
+    parts = torch.empty(*programs, rows, sizes["V"], dtype=torch.float32, device=y.device)
+    logs = torch.empty(*programs, rows, dtype=torch.float32, device=y.device)
+    narrow = plan.q.dtype == torch.float32 or max(sizes["K"], sizes["V"]) > 128
+    triton_decode.decode_splits[programs](
+        plan.q, plan.k, plan.v, plan.past_k, plan.past_v, plan.position, parts, logs,
+        plan.window, plan.scale * LOG2_E, plan.slots, length, splits, plan.heads,
+        *plan.strides(plan.q, plan.k, plan.v, plan.past_k, plan.past_v),
+        **sizes, T=plan.time, R=rows, BN=32 if narrow else 64, num_warps=4, num_stages=3,
+    )  # fmt: skip
+    triton_decode.decode_sum[(plan.heads, plan.time, plan.sequences)](
+        parts, logs, y, stats, splits, plan.heads, V=sizes["V"], WV=sizes["WV"], GROUP=sizes["GROUP"],
+        T=plan.time, R=rows, SPLITS=_padded(splits), num_warps=4,
+    )  # fmt: skip
+
+
+def _library_forward(plan: _Plan, stats: Tensor) -> tuple[Tensor, Tensor]:
+    """cuDNN's attention. Statistics: natural logarithms of the sums in the second half, in base 2 in the first."""
+    q, k, v = (t.transpose(1, 2) for t in (plan.q, plan.k, plan.v))
+    y, logs, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(
+        q, k, v, None, True, 0.0, True, False, scale=plan.scale
+    )
+    both = stats.view(2, plan.batch, plan.heads, plan.time, 1)
+    both[1].copy_(logs)
+    torch.mul(logs, LOG2_E, out=both[0])
+    return y.transpose(1, 2).contiguous(), stats
+
+
+def _library_backward(plan: _Plan, grad: Tensor, y: Tensor, stats: Tensor) -> list[Tensor]:
+    q, k, v, grad, y = (t.transpose(1, 2) for t in (plan.q, plan.k, plan.v, grad, y))
+    logs = stats.view(2, plan.batch, plan.heads, plan.time, 1)[1]
+    seed = torch.zeros((), dtype=torch.int64, device=y.device)  # of a dropout that there is not
+    gradients = torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
+        grad, q, k, v, y, logs, seed, seed, None, None, None, plan.time, plan.time, 0.0, True, scale=plan.scale
+    )
+    return [gradient.transpose(1, 2).contiguous() for gradient in gradients]
 
 
 def backward(
@@ -156,16 +238,20 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Kernel of `milonga::window_attention_backward` on a GPU: as on the CPU."""
     plan = _Plan(q, k, v, past_k, past_v, position, offsets, window, scale)
+    grads: list[Tensor]
+    past_grads = [
+        own.new_zeros(0, 0, *own.shape[2:]) if past is None else torch.zeros_like(past).contiguous()
+        for own, past in ((k, past_k), (v, past_v))
+    ]
+    if not plan.empty and _way(plan, window) == "library" and not torch.are_deterministic_algorithms_enabled():
+        grads = _library_backward(plan, _steps_first(grad), y, stats)
+        return plan.signed(grads[0]), grads[1], grads[2], past_grads[0], past_grads[1]
     grads = [torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v)]
-    for own, past in ((k, past_k), (v, past_v)):
-        shape = (0, 0, *own.shape[2:]) if past is None else past.shape
-        grads.append(torch.zeros(shape, dtype=own.dtype, device=own.device))
     if plan.empty:
-        return grads[0].zero_(), grads[1].zero_(), grads[2].zero_(), grads[3], grads[4]
+        return grads[0].zero_(), grads[1].zero_(), grads[2].zero_(), past_grads[0], past_grads[1]
     with torch.cuda.device_of(q):
-        _launch_backward(plan, _steps_first(grad), y, stats, grads)
-    grad_q = grads[0] if plan.sign > 0 else -grads[0]
-    return grad_q, grads[1], grads[2], grads[3], grads[4]
+        _launch_backward(plan, _steps_first(grad), y, stats, [*grads, *past_grads])
+    return plan.signed(grads[0]), grads[1], grads[2], past_grads[0], past_grads[1]
 
 
 def _launch_backward(plan: _Plan, grad: Tensor, y: Tensor, stats: Tensor, grads: list[Tensor]) -> None:

@@ -9,20 +9,22 @@ queries that see its BN keys, in all heads that share them, for the gradients of
 of its BM queries for theirs: twice the scores, but no sum over programs and hence the same bits every time.
 
 Letters: T steps a row of the batch, P slots, K and V widths of keys and values padded to powers of two, WK and WV the
-true ones, GROUP heads that share keys, slot: a block's place among all blocks of a packed batch. Offsets of rows are int64.
+true ones, GROUP heads that share keys, slot: a block's place among all blocks of a packed batch. Offsets of rows are
+int64.
 """
 
 import triton
 import triton.language as tl
 
 MINUS = tl.constexpr(float("-inf"))
+PIN = tl.constexpr(not triton.knobs.runtime.interpret)  # the interpreter knows no assembly
 # sizes that may take any value without being compiled for
 FREE = ("T", "sequences", "window", "P", "heads")
 
 
 @triton.jit
 def sequence_of(slot, bounds, sequences, length):
-    """The sequence whose blocks of `length` steps include `slot`: sequence s from row r on has those from r // length + s."""
+    """The sequence to whose blocks `slot` belongs: sequence s, starting in row r, has those from r // length + s on."""
     low = 0
     high = sequences - 1
     while low < high:
@@ -72,7 +74,7 @@ def key_tile(
     base, n, held, head, P, steps, stride, row, start, columns,
     WIDTH: tl.constexpr, PADDED: tl.constexpr, MASK: tl.constexpr, RING: tl.constexpr,
 ):  # fmt: skip
-    """The keys or values from `start` on, of the ring (`start` < 0) or of the piece, whose first is in `row` of base."""
+    """The keys or values from `start` on, of the ring (`start` < 0) or of the piece, which begins in `row` of base."""
     if RING:
         at = start + n
         slot = head + at
@@ -88,27 +90,66 @@ def visible(t, n, held, steps, window):
 
 
 @triton.jit
-def attend(acc, total, peak, q, k, v, seen, scale, MASK: tl.constexpr, PRECISION: tl.constexpr):
-    """One block of keys into the running softmax of BM queries; scores are in base 2."""
+def attend(acc, total, peak, q, k, v, seen, scale, MASK: tl.constexpr, CAREFUL: tl.constexpr, PRECISION: tl.constexpr):
+    """One block of keys into the running softmax of BM queries; scores are in base 2.
+
+    A weight of zero times NaN is NaN. CAREFUL takes every NaN of v out and puts it back where its key is seen.
+    """
     scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
     if MASK:
         scores = tl.where(seen, scores, MINUS)
         above = tl.maximum(peak, tl.max(scores, 1) * scale)
         base = tl.where(above == MINUS, 0.0, above)
-        spoiled = v != v
-        # A weight of zero times NaN is NaN: one is taken out, and put back where its key is seen.
-        if tl.max(tl.max(spoiled.to(tl.int32), 1), 0) > 0:
-            touched = tl.dot(seen.to(v.dtype), spoiled.to(v.dtype), input_precision=PRECISION) > 0.5
-            acc = tl.where(touched, float("nan"), acc)
-            v = tl.where(spoiled, 0.0, v)
     else:
         above = tl.maximum(peak, tl.max(scores, 1) * scale)
         base = above
     shares = tl.exp2(scores * scale - base[:, None])
     keep = tl.exp2(peak - base)
     total = total * keep + tl.sum(shares, 1)
-    acc = tl.dot(shares.to(v.dtype), v, acc * keep[:, None], input_precision=PRECISION)
+    acc = acc * keep[:, None]
+    if CAREFUL:
+        spoiled = v != v
+        touched = tl.dot(seen.to(v.dtype), spoiled.to(v.dtype), input_precision=PRECISION) > 0.5
+        acc = tl.where(touched, float("nan"), acc)
+        v = tl.where(spoiled, 0.0, v)
+    acc = tl.dot(shares.to(v.dtype), v, acc, input_precision=PRECISION)
     return acc, total, above
+
+
+@triton.jit
+def attend_past(
+    acc, total, peak, q, k_base, v_base, t, cols, k_at, v_at, first, held, head, P, steps, window, scale,
+    k_step, v_step, K: tl.constexpr, V: tl.constexpr, WK: tl.constexpr, WV: tl.constexpr, BN: tl.constexpr,
+    CAREFUL: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The keys `first` .. -1 of the ring."""
+    for n in tl.range(first, 0, BN, num_stages=1 if CAREFUL else None):
+        k_tile = key_tile(k_base, cols, held, head, P, 0, k_step, 0, n, k_at, WK, K, True, True)
+        v_tile = key_tile(v_base, cols, held, head, P, 0, v_step, 0, n, v_at, WV, V, True, True)
+        at = (n + cols)[None, :]
+        seen = visible(t[:, None], at, held, steps, window) & (at < 0)
+        acc, total, peak = attend(acc, total, peak, q, k_tile, v_tile, seen, scale, True, CAREFUL, PRECISION)
+    return acc, total, peak
+
+
+@triton.jit
+def attend_cut(
+    acc, total, peak, q, k_base, v_base, t, cols, k_at, v_at, first, whole, edge, end, row, steps, window, scale,
+    k_step, v_step, K: tl.constexpr, V: tl.constexpr, WK: tl.constexpr, WV: tl.constexpr, BN: tl.constexpr,
+    CAREFUL: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The piece's keys from `first` to `whole` and from `edge` to `end`, with a mask.
+
+    The pipeline's buffers and addresses of these few blocks would take registers from all others: one stage.
+    """
+    cut = (tl.minimum(whole, end) - first + BN - 1) // BN
+    for i in tl.range(cut + (tl.maximum(end - edge, 0) + BN - 1) // BN, num_stages=1):
+        n = tl.where(i < cut, first + i * BN, edge + (i - cut) * BN)
+        k_tile = key_tile(k_base, cols, 0, 0, 0, steps, k_step, row, n, k_at, WK, K, True, False)
+        v_tile = key_tile(v_base, cols, 0, 0, 0, steps, v_step, row, n, v_at, WV, V, True, False)
+        seen = visible(t[:, None], (n + cols)[None, :], 0, steps, window)
+        acc, total, peak = attend(acc, total, peak, q, k_tile, v_tile, seen, scale, True, CAREFUL, PRECISION)
+    return acc, total, peak
 
 
 @triton.jit
@@ -152,28 +193,37 @@ def attention_forward(
     acc = tl.zeros([BM, V], tl.float32)
     total = tl.zeros([BM], tl.float32)
     peak = tl.full([BM], MINUS, tl.float32)
+    pk_base = past_k + sequence.to(tl.int64) * pk_row + g.to(tl.int64) * pk_head
+    pv_base = past_v + sequence.to(tl.int64) * pv_row + g.to(tl.int64) * pv_head
+    oldest = tl.maximum(-held, t0 - window + 1)
     if PAST:
-        pk_base = past_k + sequence.to(tl.int64) * pk_row + g.to(tl.int64) * pk_head
-        pv_base = past_v + sequence.to(tl.int64) * pv_row + g.to(tl.int64) * pv_head
-        for n in range(tl.maximum(-held, t0 - window + 1), 0, BN):
-            k_tile = key_tile(pk_base, cols, held, head, P, 0, pk_step, 0, n, k_at, WK, K, True, True)
-            v_tile = key_tile(pv_base, cols, held, head, P, 0, pv_step, 0, n, v_at, WV, V, True, True)
-            at = (n + cols)[None, :]
-            seen = visible(t[:, None], at, held, steps, window) & (at < 0)
-            acc, total, peak = attend(acc, total, peak, q_tile, k_tile, v_tile, seen, scale, True, PRECISION)
+        acc, total, peak = attend_past(
+            acc, total, peak, q_tile, pk_base, pv_base, t, cols, k_at, v_at, oldest, held, head, P, steps, window,
+            scale, pk_step, pv_step, K, V, WK, WV, BN, False, PRECISION,
+        )  # fmt: skip
     first, whole, edge, end = ends_of_queries(t0, steps, window, BM, BN)
     for n in range(whole, edge, BN):
         k_tile = key_tile(k_base, cols, held, head, P, steps, k_step, first_row, n, k_at, WK, K, False, False)
         v_tile = key_tile(v_base, cols, held, head, P, steps, v_step, first_row, n, v_at, WV, V, False, False)
-        acc, total, peak = attend(acc, total, peak, q_tile, k_tile, v_tile, None, scale, False, PRECISION)
-    # the blocks that the window's edge cuts, then those on the diagonal
-    cut = (tl.minimum(whole, end) - first + BN - 1) // BN
-    for i in range(0, cut + (tl.maximum(end - edge, 0) + BN - 1) // BN):
-        n = tl.where(i < cut, first + i * BN, edge + (i - cut) * BN)
-        k_tile = key_tile(k_base, cols, held, head, P, steps, k_step, first_row, n, k_at, WK, K, True, False)
-        v_tile = key_tile(v_base, cols, held, head, P, steps, v_step, first_row, n, v_at, WV, V, True, False)
-        seen = visible(t[:, None], (n + cols)[None, :], held, steps, window)
-        acc, total, peak = attend(acc, total, peak, q_tile, k_tile, v_tile, seen, scale, True, PRECISION)
+        acc, total, peak = attend(acc, total, peak, q_tile, k_tile, v_tile, None, scale, False, False, PRECISION)
+    acc, total, peak = attend_cut(
+        acc, total, peak, q_tile, k_base, v_base, t, cols, k_at, v_at, first, whole, edge, end, first_row, steps,
+        window, scale, k_step, v_step, K, V, WK, WV, BN, False, PRECISION,
+    )  # fmt: skip
+    if tl.max(tl.max((acc != acc).to(tl.int32), 1), 0) > 0:
+        # a NaN came in: once more, so that it reaches those alone who see it
+        acc = tl.zeros([BM, V], tl.float32)
+        total = tl.zeros([BM], tl.float32)
+        peak = tl.full([BM], MINUS, tl.float32)
+        if PAST:
+            acc, total, peak = attend_past(
+                acc, total, peak, q_tile, pk_base, pv_base, t, cols, k_at, v_at, oldest, held, head, P, steps, window,
+                scale, pk_step, pv_step, K, V, WK, WV, BN, True, PRECISION,
+            )  # fmt: skip
+        acc, total, peak = attend_cut(
+            acc, total, peak, q_tile, k_base, v_base, t, cols, k_at, v_at, first, end, end, end, first_row, steps,
+            window, scale, k_step, v_step, K, V, WK, WV, BN, True, PRECISION,
+        )  # fmt: skip
     ok = t < steps
     total = tl.where(ok, total, 1.0)
     acc = acc / total[:, None]
@@ -199,6 +249,18 @@ def attention_dots(
     places = row * g_row + t * g_step + h * g_head
     theirs = tl.load(grad + places[:, None] + columns[None, :], mask=inside, other=0.0).to(tl.float32)
     tl.store(dots + (row * heads + h) * T + t, tl.sum(mine * theirs, 1), mask=ok)
+
+
+@triton.jit
+def pinned(x):
+    """x, which the compiler must have before it goes on.
+
+    Left to itself it keeps the last product of a turn in flight into the next; ptxas then finds other instructions that
+    write accumulators meanwhile, and makes every product of the kernel wait for the one before.
+    """
+    if PIN:
+        return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], dtype=tl.float32, is_pure=True, pack=1)
+    return x
 
 
 @triton.jit
@@ -228,7 +290,7 @@ def key_slopes(
     if MASK:
         slopes = tl.where(seen, slopes, 0.0)
     grad_k = tl.dot(slopes.to(q.dtype), q, grad_k, input_precision=PRECISION)
-    return grad_k, grad_v
+    return pinned(grad_k), pinned(grad_v)
 
 
 @triton.jit(do_not_specialize=FREE)
@@ -292,12 +354,12 @@ def attention_backward_keys(
     edge = tl.maximum(first + tl.maximum(tl.minimum(n0 + window, steps) - first, 0) // BM * BM, whole)
     cut = (tl.minimum(whole, tl.maximum(end, first)) - first + BM - 1) // BM
     rest = (tl.maximum(end - edge, 0) + BM - 1) // BM
-    for member in range(0, GROUP):
+    for member in range(GROUP):
         h = (g * GROUP + member).to(tl.int64)
         q_base = q + row * q_row + h * q_head
         g_base = grad + row * g_row + h * g_head
         line = (row * heads + h) * T + first_row
-        for i in range(0, cut + rest):
+        for i in tl.range(cut + rest, num_stages=1):
             t0 = tl.where(i < cut, first + i * BM, edge + (i - cut) * BM)
             sum_k, sum_v = key_slopes(
                 sum_k, sum_v, k_tile, v_tile, q_base, g_base, stats + line, dots + line, first_row, t0, at, held, steps,
@@ -326,7 +388,7 @@ def query_slopes(acc, q, g, k, v, logarithm, dot, seen, scale, MASK: tl.constexp
     slopes = shares * (tl.dot(g, tl.trans(v), input_precision=PRECISION) - dot[:, None])
     if MASK:
         slopes = tl.where(seen, slopes, 0.0)
-    return tl.dot(slopes.to(k.dtype), k, acc, input_precision=PRECISION)
+    return pinned(tl.dot(slopes.to(k.dtype), k, acc, input_precision=PRECISION))
 
 
 @triton.jit(do_not_specialize=FREE)
@@ -373,7 +435,7 @@ def attention_backward_queries(
             acc = query_slopes(acc, q_tile, g_tile, k_tile, v_tile, logarithm, dot, seen, scale, True, PRECISION)
     first, whole, edge, end = ends_of_queries(t0, steps, window, BM, BN)
     cut = (tl.minimum(whole, end) - first + BN - 1) // BN
-    for i in range(0, cut + (tl.maximum(end - edge, 0) + BN - 1) // BN):
+    for i in tl.range(cut + (tl.maximum(end - edge, 0) + BN - 1) // BN, num_stages=1):
         n = tl.where(i < cut, first + i * BN, edge + (i - cut) * BN)
         k_tile = key_tile(k_base, cols, held, head, P, steps, k_step, first_row, n, k_at, WK, K, True, False)
         v_tile = key_tile(v_base, cols, held, head, P, steps, v_step, first_row, n, v_at, WV, V, True, False)

@@ -1,0 +1,48 @@
+"""The Triton kernels of `linear_cross_entropy` under Triton's interpreter, on CPU tensors, against float64.
+
+Run by `test_triton_interpreted.py` in a process of its own: the interpreter must be chosen before Triton is imported.
+"""
+
+import pytest
+import torch
+
+from milonga.ops.linear_cross_entropy import ERROR_BOUND, linear_cross_entropy_reference, triton
+from tests.ops.helpers import relative_rms
+from tests.ops.interpreter import prepare
+
+prepare()
+# NumPy warns about what the kernels mean to do
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+
+
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize(
+    ("count", "width", "classes", "chunk"), [(40, 12, 300, 17), (9, 5, 5000, 4), (33, 8, 2, 1000), (0, 8, 20, 10)]
+)
+def test_matches_reference(count: int, width: int, classes: int, chunk: int, biased: bool) -> None:
+    x, weight, bias = torch.randn(count, width), torch.randn(classes, width), torch.randn(classes) if biased else None
+    targets = torch.randint(0, classes, (count,))
+    targets[::5] = -100
+    upstream = torch.rand(count)
+    losses, totals = triton.forward(x, weight, targets, bias, -100, chunk)
+    gradients = triton.backward(upstream, x, weight, targets, bias, totals, -100, chunk)
+    leaves = [t.double().requires_grad_() for t in (x, weight, bias) if t is not None]
+    expected = linear_cross_entropy_reference(*leaves[:2], targets, leaves[2] if biased else None, -100, 1000)
+    exact = torch.autograd.grad(expected, leaves, upstream.double())
+    for got, right in zip((losses, *gradients), (expected.detach(), *exact), strict=False):
+        assert got.shape == right.shape and (count == 0 or relative_rms(got, right) <= ERROR_BOUND)
+
+
+def test_unknown_targets_and_nan_give_nan_in_their_row_alone() -> None:
+    x, weight, targets = torch.randn(6, 8), torch.randn(20, 8), torch.tensor([1, 20, 3, -1, -100, 5])
+    clean, _ = triton.forward(x, weight, targets.clamp(0, 19), None, -100, 4)
+    x[5, 2] = float("nan")
+    losses, _ = triton.forward(x, weight, targets, None, -100, 4)
+    assert losses.isnan().tolist() == [False, True, False, True, False, True]
+    assert torch.equal(losses[[0, 2]], clean[[0, 2]]) and losses[4] == 0.0
+
+
+def test_large_logits() -> None:
+    x, weight = torch.tensor([[1.0], [-1.0]]), torch.tensor([[5e4], [-5e4], [0.0]])
+    losses, _ = triton.forward(x, weight, torch.tensor([0, 0]), None, -100, 10)
+    assert torch.equal(losses, torch.tensor([0.0, 1e5]))

@@ -1,0 +1,99 @@
+"""The Triton kernels of `window_attention` under Triton's interpreter, on CPU tensors, against the float64 reference.
+
+Run by `test_triton_interpreted.py` in a process of its own: the interpreter must be chosen before Triton is imported.
+"""
+
+import pytest
+import torch
+from torch import Tensor
+
+from milonga.ops.window_attention import ERROR_BOUND, triton, window_attention
+from milonga.segments import Segments
+from tests.ops.helpers import relative_rms
+from tests.ops.interpreter import prepare
+from tests.ops.test_window_attention import ring
+
+prepare()
+# NumPy warns about what the kernels mean to do
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+
+
+def make(lengths: tuple[int, ...], heads: int, groups: int, widths: tuple[int, int], past: tuple | None, packed: bool):
+    """-> (q, k, v and with a past the rings; position or None; segments or None). Empty slots hold NaN."""
+    batch, time = (1, sum(lengths)) if packed else (len(lengths), lengths[0])
+    inputs = [torch.randn(batch, time, h, w) for h, w in ((heads, widths[0]), (groups, widths[0]), (groups, widths[1]))]
+    position = None
+    if past is not None:
+        slots, positions = past
+        position = torch.tensor(positions)
+        for width in widths:
+            whole = torch.randn(len(positions), max(positions), groups, width)
+            inputs.append(torch.stack([ring(w, p, slots) for w, p in zip(whole, positions, strict=True)]))
+    return inputs, position, Segments.from_lengths(lengths) if packed else None
+
+
+def check(inputs: list[Tensor], position: Tensor | None, segments: Segments | None, window: int | None, scale: float):
+    """Output and every gradient; the rings' slots without a key get none."""
+    leaves = [t.double().requires_grad_() for t in inputs]
+    past_k, past_v = leaves[3:] or (None, None)
+    expected = window_attention(
+        *leaves[:3], past_k=past_k, past_v=past_v, position=position, segments=segments, window=window, scale=scale,
+        backend="reference",
+    )  # fmt: skip
+    upstream = torch.randn(expected.shape)
+    exact = torch.autograd.grad(expected, leaves, upstream.double())
+    q, k, v, *past = inputs
+    arguments = (q, k, v, *(past or (None, None)), position, None if segments is None else segments.offsets)
+    y, stats = triton.forward(*arguments, window, scale)
+    gradients = triton.backward(upstream, *arguments, window, scale, y, stats)
+    names = ("y", "q", "k", "v", "past_k", "past_v")
+    for name, got, right in zip(names, (y, *gradients), (expected.detach(), *exact), strict=False):
+        if right.norm() < 1e-12:  # whoever sees one key only gives scores no gradient
+            assert got.abs().max() < 1e-5, name
+        else:
+            assert relative_rms(got, right) <= ERROR_BOUND, f"{name}: {relative_rms(got, right):.2e}"
+
+
+@pytest.mark.parametrize(
+    ("lengths", "heads", "groups", "widths", "window", "past", "packed"),
+    [
+        ((70,), 2, 2, (16, 16), None, None, False),
+        ((77, 77), 3, 1, (20, 16), 40, None, False),
+        ((65,), 2, 1, (16, 24), 1, None, False),
+        ((0, 40, 1, 0, 59), 2, 1, (16, 16), 33, None, True),
+        ((50, 50), 2, 1, (16, 16), 20, (19, (5, 100)), False),
+        ((40, 0, 50), 2, 2, (16, 16), None, (40, (5, 30, 33)), True),
+        ((40, 0, 50), 2, 2, (16, 16), 50, (57, (150, 30, 33)), True),
+    ],
+)
+def test_matches_reference(lengths, heads, groups, widths, window, past, packed) -> None:
+    check(*make(lengths, heads, groups, widths, past, packed), window, -0.3 if heads == 3 else 0.25)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "heads", "groups", "widths", "window", "past"),
+    [
+        ((1, 1), 4, 2, (16, 24), 20, (19, (5, 100))),
+        ((4, 4, 4), 4, 1, (20, 16), 300, (299, (0, 250, 400))),
+        ((16, 16), 2, 2, (16, 16), None, (400, (5, 333))),
+        ((3, 3), 2, 2, (16, 16), 10, (30, (5, 333))),
+    ],
+)
+def test_decoding_matches_reference(lengths, heads, groups, widths, window, past) -> None:
+    inputs, position, segments = make(lengths, heads, groups, widths, past, False)
+    plan = triton._Plan(*inputs, position, None, window, 0.25)
+    assert triton._way(plan, window) == "decode"
+    check(inputs, position, segments, window, 0.25)
+
+
+@pytest.mark.parametrize("which", [0, 1, 2])
+@pytest.mark.parametrize("window", [10, None])
+def test_nan_reaches_exactly_those_who_see_it(which: int, window: int | None) -> None:
+    inputs = [torch.randn(1, 70, 2, 8) for _ in range(3)]
+    clean = triton.forward(*inputs, None, None, None, None, window, 0.3)[0]
+    inputs[which][0, 50, 1] = float("nan")
+    y = triton.forward(*inputs, None, None, None, None, window, 0.3)[0]
+    reach = slice(50, 51 if which == 0 else 50 + (window or 20))
+    assert y[0, reach, 1].isnan().all()
+    y[0, reach, 1] = clean[0, reach, 1]
+    assert torch.equal(y, clean)
