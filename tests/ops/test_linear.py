@@ -4,8 +4,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from milonga.ops.linear import ERROR_BOUND, LARGEST_INT8, MIN_ROWS, cpu, linear, quantize, widen
+from milonga.ops.linear import ERROR_BOUND, LARGEST_INT8, MIN_ROWS, cpu, linear, linear_split, quantize, widen
 from milonga.ops.linear.library import AVAILABLE
+from milonga.ops.linear.split import split_product
 from tests.ops.helpers import assert_matches, relative_rms
 
 
@@ -127,3 +128,27 @@ def test_scale_and_int8_come_together() -> None:
         linear(x, w.to(torch.int8))
     with pytest.raises(ValueError, match="others none"):
         linear(x, w, torch.ones(4))
+
+
+@pytest.mark.parametrize("used", [(0, 1, 2), (0, 2), (1,)])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_split_product_has_the_gradients_of_the_product(used: tuple[int, ...], autocast: bool) -> None:
+    x, w = torch.randn(2, 9, 12, requires_grad=True), torch.randn(11, 12, requires_grad=True)
+    sizes = (4, 2, 5)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        parts = split_product(x, w, sizes)
+        expected = F.linear(x, w).split(sizes, -1)
+    assert all(torch.equal(a, b) for a, b in zip(parts, expected, strict=True))
+    upstream = [torch.randn_like(part) for part in parts]
+    found = [
+        torch.autograd.grad([ways[i] for i in used], (x, w), [upstream[i] for i in used]) for ways in (parts, expected)
+    ]
+    for got, exact in zip(*found, strict=True):
+        assert relative_rms(got, exact.double()) <= (2.0**-7 if autocast else ERROR_BOUND)
+
+
+def test_split_adds_up() -> None:
+    x, w = torch.randn(3, 6), torch.randn(5, 6)
+    assert torch.equal(torch.cat(linear_split(x, w, (2, 3)), -1), linear(x, w))
+    with pytest.raises(ValueError, match="add up to 5, got \\[2, 2\\]"):
+        linear_split(x, w, (2, 2))

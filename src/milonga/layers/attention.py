@@ -139,22 +139,39 @@ class Attention(Layer):
         self, x: Float[Tensor, "B T D"], state: AttentionState | None, segments: Segments | None = None
     ) -> tuple[Float[Tensor, "B T D"], AttentionTrace]:
         """As `Layer.advance`."""
-        batch, time, _ = x.shape
-        columns = self.qkv_proj(x)
-        qkv = self._conv(columns, state, segments) if self.config.short_conv else columns
-        heads = qkv.view(batch, time, self.heads + 2 * self.groups, self.width)
-        qk, v = heads.split([self.heads + self.groups, self.groups], dim=2)
         start = state.position if state is not None else None
-        if self.config.rope_base is not None:
-            positions = self._positions(batch, time, start, segments, x.device)
-            turned = partial(rotary, positions=positions, base=self.config.rope_base)
-            qk = cheap("rotary", turned(qk), turned, qk)
-        q, k = qk.split([self.heads, self.groups], dim=2)
+        q, k, v, columns = self._project(x, state, segments)
         past_k, past_v = (state.k.to(k.dtype), state.v.to(v.dtype)) if state is not None else (None, None)
         y = window_attention(
             q, k, v, window=self.config.window, past_k=past_k, past_v=past_v, position=start, segments=segments
         )
         return self.out_proj(y.flatten(2)), AttentionTrace(k, v, columns, segments)
+
+    def _project(
+        self, x: Tensor, state: AttentionState | None, segments: Segments | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """-> (q `[B T H K]` and k `[B T G K]`, turned; v; the inputs of the short convolution, none without one)."""
+        batch, time, _ = x.shape
+        heads = [self.heads, self.groups, self.groups]
+        if self.config.short_conv is None and x.is_cuda and torch.is_grad_enabled():
+            # in parts from the beginning: gradients of views of one tensor would have to be copied together
+            parts = self.qkv_proj.split(x, [count * self.width for count in heads])
+            q, k, v = (part.unflatten(2, (count, self.width)) for part, count in zip(parts, heads, strict=True))
+            return self._turned(q, state, segments), self._turned(k, state, segments), v, x[..., :0]
+        columns = self.qkv_proj(x)
+        qkv = self._conv(columns, state, segments) if self.config.short_conv else columns
+        qk, v = qkv.view(batch, time, sum(heads), self.width).split([self.heads + self.groups, self.groups], dim=2)
+        q, k = self._turned(qk, state, segments).split(heads[:2], dim=2)
+        return q, k, v, columns
+
+    def _turned(self, heads: Tensor, state: AttentionState | None, segments: Segments | None) -> Tensor:
+        """`[B T H K]` with rotary positions, where the layer has them."""
+        if self.config.rope_base is None:
+            return heads
+        start = state.position if state is not None else None
+        positions = self._positions(heads.shape[0], heads.shape[1], start, segments, heads.device)
+        turn = partial(rotary, positions=positions, base=self.config.rope_base)
+        return cheap("rotary", turn(heads), turn, heads)
 
     @staticmethod
     def _positions(

@@ -1,12 +1,13 @@
 """The linear map of every layer: PyTorch's module with this library's product."""
 
+from collections.abc import Sequence
 from typing import Literal, get_args
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from milonga.ops.linear import linear, quantize
+from milonga.ops.linear import linear, linear_split, quantize
 
 Storage = Literal["bf16", "int8"]
 STORAGES: tuple[str, ...] = get_args(Storage)
@@ -21,6 +22,10 @@ class Linear(nn.Linear):
     def forward(self, input: Float[Tensor, "*rows D"]) -> Float[Tensor, "*rows F"]:
         """-> the product, dtype of the input (of autocast where that is on)."""
         return linear(input, self.weight)
+
+    def split(self, input: Float[Tensor, "*rows D"], sizes: Sequence[int]) -> tuple[Tensor, ...]:
+        """The product in parts of `sizes` features, see `linear_split`."""
+        return linear_split(input, self.weight, sizes)
 
 
 class StoredLinear(nn.Module):
@@ -44,6 +49,10 @@ class StoredLinear(nn.Module):
     def forward(self, input: Float[Tensor, "*rows D"]) -> Float[Tensor, "*rows F"]:
         """-> the product, dtype of the input."""
         return linear(input, self.weight, self.scale)
+
+    def split(self, input: Float[Tensor, "*rows D"], sizes: Sequence[int]) -> tuple[Tensor, ...]:
+        """The product in parts of `sizes` features, see `linear_split`."""
+        return linear_split(input, self.weight, sizes, self.scale)
 
     def extra_repr(self) -> str:
         """Shape and storage."""

@@ -133,7 +133,7 @@ class Mamba(Layer):
         self, x: Float[Tensor, "B T D"], state: MambaState | None, segments: Segments | None = None
     ) -> tuple[Float[Tensor, "B T D"], MambaTrace]:
         """As `Layer.advance`."""
-        columns, z = self.in_proj(x).chunk(2, dim=-1)
+        columns, z = self.in_proj.split(x, (self.inner, self.inner))
         conv_initial, ssm_initial = state if state is not None else (None, None)
         if conv_initial is not None:
             conv_initial = conv_initial.to(columns.dtype)

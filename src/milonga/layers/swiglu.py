@@ -60,9 +60,8 @@ class SwiGLU(Layer):
         self, x: Float[Tensor, "B T D"], state: NoState | None, segments: Segments | None = None
     ) -> tuple[Float[Tensor, "B T D"], NoState]:
         """As `Layer.advance`; the trace is empty."""
-        gate, up = self.gate_up(x).chunk(2, dim=-1)
-        hidden = cheap("gate", swiglu(gate, up), swiglu, gate, up)
-        return self.down(hidden), NoState()
+        joint = self.gate_up(x)
+        return self.down(cheap("gate", swiglu(joint), swiglu, joint)), NoState()
 
     def commit(self, state: NoState | None, trace: NoState, keep: Keep | None = None) -> NoState:
         """As `Layer.commit`: always the empty state."""

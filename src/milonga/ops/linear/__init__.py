@@ -1,11 +1,14 @@
 """The product with a weight matrix, by the fastest library at hand, and with weights stored in fewer bytes."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from milonga.ops.backend import INSTALLED, direct, kernels
 from milonga.ops.linear.library import AVAILABLE, linear_op
+from milonga.ops.linear.split import split_product
 
 # Bound of the relative RMS error of the output and of both gradients against float64, fp32 inputs of width up to 4096.
 ERROR_BOUND = 1e-6
@@ -57,6 +60,21 @@ def linear(x: Tensor, weight: Tensor, scale: Tensor | None = None) -> Tensor:
     return F.linear(x, widen(weight, scale, x.dtype) if stored else weight)
 
 
+def linear_split(x: Tensor, weight: Tensor, sizes: Sequence[int], scale: Tensor | None = None) -> tuple[Tensor, ...]:
+    """`linear`, its output in parts of `sizes` features: views of one product.
+
+    On a GPU with gradients, those of the parts are never copied together. Arguments and errors as `linear`.
+
+    Raises:
+        ValueError: if the sizes do not add up to F.
+    """
+    if sum(sizes) != weight.shape[0]:
+        raise ValueError(f"linear: sizes must add up to {weight.shape[0]}, got {list(sizes)}")
+    if x.device.type == "cuda" and scale is None and torch.is_grad_enabled() and x.shape[-1] == weight.shape[1]:
+        return split_product(x, weight, sizes)
+    return linear(x, weight, scale).split(list(sizes), -1)
+
+
 def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
     """`[F, D]` -> (int8 `[F, D]`, factors fp32 `[F]`): the largest weight of a feature becomes 127."""
     scale = weight.detach().float().abs().amax(1).clamp_min(torch.finfo(torch.float32).tiny) / LARGEST_INT8
@@ -69,4 +87,4 @@ def widen(weight: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
     return wide if scale is None else wide * scale[:, None].to(dtype)
 
 
-__all__ = ["ERROR_BOUND", "LARGEST_INT8", "MIN_ROWS", "linear", "quantize", "widen"]
+__all__ = ["ERROR_BOUND", "LARGEST_INT8", "MIN_ROWS", "linear", "linear_split", "quantize", "widen"]
