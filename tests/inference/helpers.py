@@ -2,6 +2,7 @@
 
 import torch
 
+from milonga.data.bpe import BpeCodec
 from milonga.inference import LanguageModel
 from milonga.layers import AttentionConfig, MambaConfig, SwiGLUConfig
 from milonga.models import ModelConfig
@@ -23,9 +24,15 @@ ATTENTION = SAMBA.replace(pattern="swa mlp", repeats=2)
 CONFIGS = {"samba": SAMBA, "growing": GROWING, "mamba": MAMBA, "attention": ATTENTION}
 
 
-def opinionated(config=SAMBA, seed=0):
+def opinionated(config=SAMBA, seed=0, codec=None):
     """A model whose predictions are far from uniform: its embedding, which is also its head, is scaled up."""
     network = config.build(seed=seed)
     with torch.no_grad():
         network.embedding.weight.mul_(20)
-    return LanguageModel(network)
+    return LanguageModel(network, codec)
+
+
+def opinionated_subwords():
+    """One of subwords."""
+    codec = BpeCodec([(b"t", b"h"), (b"th", b"e"), (b"a", b"t"), (b" ", b"the"), (b" ", b"m"), (b" m", b"at")])
+    return opinionated(SAMBA.replace(vocab_size=codec.vocab_size), codec=codec)

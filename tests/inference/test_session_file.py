@@ -6,8 +6,11 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from milonga.data.bpe import BpeCodec
 from milonga.errors import UserError
-from tests.inference.helpers import CONFIGS, MAMBA, opinionated
+from milonga.inference import LanguageModel, Sampling, Session, session_file
+from milonga.state import named_tensors
+from tests.inference.helpers import CONFIGS, MAMBA, opinionated, opinionated_subwords
 from tests.inference.test_session import MODELS, TEXT, same_place
 
 LM = MODELS["samba"]
@@ -141,3 +144,59 @@ def test_a_refused_file_leaves_the_session_alone(saved):
     with pytest.raises(UserError):
         s.restore(path)
     assert same_place(s, before)
+
+
+def test_a_file_of_the_first_format_still_loads(saved):
+    s, path = saved
+    known = {"session_format", "model", "codec", "position", "pending", "checksum"}
+    with safe_open(str(path), framework="pt") as file:
+        header = {key: value for key, value in file.metadata().items() if key in known} | {"session_format": "1"}
+    tensors = load_file(path)
+    del tensors["recent"]
+    header["checksum"] = session_file._checksum(tensors, header)
+    save_file(tensors, path, metadata=header)
+    t = LM.session(path)
+    assert (t.position, t.bytes_read, t.sampling) == (300, 300, None)
+    assert t.mark().digest is None
+    assert np.array_equal(s.score(b"the next byte"), t.score(b"the next byte"))
+    t.save(path)
+    assert LM.session(path).mark().digest is None
+
+
+def test_what_was_read_is_saved(saved):
+    s, path = saved
+    t = LM.session(path)
+    assert t.mark().digest == s.mark().digest is not None
+    assert np.array_equal(t.mark().recent, s.mark().recent)
+    s.feed(TEXT)
+    t.feed(TEXT)
+    assert t.mark().digest == s.mark().digest
+    harsh = Sampling(repetition_penalty=9.0, repetition_window=64, temperature=0)
+    assert b"".join(s.generate_bytes(30, harsh)) == b"".join(t.generate_bytes(30, harsh))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_state_loads_in_another_precision(saved, dtype):
+    """The same model in another dtype, as far as its fingerprint says: the state takes that dtype where it should."""
+    s, path = saved
+    network = opinionated().network.to(dtype)
+    t = Session(network, LM.codec, lambda: LM.fingerprint)
+    fresh = network.init_state(1)
+    t.restore(path)
+    for (name, got), (_, like) in zip(named_tensors(t.mark().state), named_tensors(fresh), strict=True):
+        assert got.dtype == like.dtype, name
+    assert t.position == 300
+    expected, got = s.score(b"the next byte"), t.score(b"the next byte")
+    assert np.abs(got - expected).max() < (1e-4 if dtype == torch.float64 else 2.0)
+    assert t.mark().logits.dtype == torch.promote_types(dtype, torch.float32)
+
+
+def test_another_tokenizer_is_refused(tmp_path):
+    subwords = opinionated_subwords()
+    s = subwords.session()
+    s.feed(b"the cat")
+    s.save(tmp_path / "a.state")
+    other = BpeCodec([(b"t", b"h"), (b"th", b"e"), (b"a", b"t"), (b" ", b"the"), (b" ", b"m"), (b" m", b"a")])
+    assert other.vocab_size == subwords.codec.vocab_size
+    assert "another tokenizer" in refused(tmp_path / "a.state", LanguageModel(subwords.network, other))
+    assert subwords.session(tmp_path / "a.state").bytes_read == 7
