@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from milonga.cli import console
+from milonga.data.bpe import load_tokenizer
 from milonga.data.corpus import Corpus
 from milonga.errors import UserError
 from milonga.training import Interrupted, Progress, RunConfig, TrainingResult, stored_config, train
@@ -144,6 +145,7 @@ def _with_tail(config: RunConfig, folder: Path) -> RunConfig:
             data.paths,
             folder / DATA / "train",
             text_field=data.text_field,
+            codec=load_tokenizer(Path(data.tokenizer).expanduser()) if data.tokenizer is not None else None,
             progress=lambda done, total: bar.update(done, f"of {console.count(total)}" if total else ""),
         )
     if corpus.documents > 1:
