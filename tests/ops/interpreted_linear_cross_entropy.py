@@ -31,6 +31,11 @@ def test_matches_reference(count: int, width: int, classes: int, chunk: int, bia
     exact = torch.autograd.grad(expected, leaves, upstream.double())
     for got, right in zip((losses, *gradients), (expected.detach(), *exact), strict=False):
         assert got.shape == right.shape and (count == 0 or relative_rms(got, right) <= ERROR_BOUND)
+    sloped = triton.forward_sloped(x, weight, targets, bias, -100, chunk)
+    slopes = triton.backward(torch.ones(count), x, weight, targets, bias, totals, -100, chunk)
+    expected_bias = [slopes[2]] if biased else [slopes[2][:0]]
+    for got, right in zip(sloped, (losses, totals, *slopes[:2], *expected_bias), strict=True):
+        assert torch.equal(got, right)
 
 
 def test_unknown_targets_and_nan_give_nan_in_their_row_alone() -> None:

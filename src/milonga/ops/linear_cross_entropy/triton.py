@@ -67,6 +67,17 @@ def forward(
     return losses, totals
 
 
+def forward_sloped(
+    x: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, ignore_index: int, chunk: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """`forward`, and from the same logits the gradients of the sum of all losses, of x, weight and bias."""
+    losses = torch.empty(targets.shape, dtype=torch.float32, device=x.device)
+    totals = torch.empty(targets.shape, dtype=torch.float32, device=x.device)
+    ones = torch.ones((), dtype=torch.float32, device=x.device).expand(targets.shape)
+    slopes = _slopes(ones, x, weight, targets, bias, totals, ignore_index, chunk, losses)
+    return losses, totals, slopes[0], slopes[1], slopes[2] if bias is not None else slopes[2][:0]
+
+
 def backward(
     grad: Tensor,
     x: Tensor,
@@ -78,6 +89,22 @@ def backward(
     chunk: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Kernel of `milonga::linear_cross_entropy_backward` on a GPU."""
+    grad_x, grad_weight, grad_bias = _slopes(grad, x, weight, targets, bias, totals, ignore_index, chunk, None)
+    return grad_x, grad_weight, grad_bias.to(torch.float32 if bias is None else bias.dtype)
+
+
+def _slopes(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    totals: Tensor,
+    ignore_index: int,
+    chunk: int,
+    losses: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x, weight and (fp32) bias; with `losses`, they and `totals` are computed too."""
     rows, ids = x.reshape(-1, x.shape[-1]), targets.contiguous().view(-1)
     common = _common(x, weight)
     given = weight.to(common)
@@ -91,6 +118,12 @@ def backward(
     with torch.cuda.device_of(x), torch.autocast(x.device.type, enabled=False):
         for part, values, logits in _chunks(rows, given, chunk):
             slopes = buffer[: logits.shape[0]]
+            if losses is not None:
+                triton_kernels.loss_forward[(-(-logits.shape[0] // lanes),)](
+                    logits, logits if bias is None else bias, ids[part], losses.view(-1)[part], flat_totals[part],
+                    logits.shape[0], width, logits.stride(0), ignore_index,
+                    R=lanes, BV=classes, BIAS=bias is not None, num_warps=8,
+                )  # fmt: skip
             triton_kernels.loss_backward[(-(-logits.shape[0] // lanes), -(-width // classes))](
                 logits, logits if bias is None else bias, ids[part], upstream[part], flat_totals[part], slopes,
                 logits.shape[0], width, logits.stride(0), ignore_index,
@@ -100,8 +133,7 @@ def backward(
             _add_product(grad_weight, slopes.T, values)
             if bias is not None:
                 grad_bias += slopes.sum(0, dtype=torch.float32)
-    bias_dtype = torch.float32 if bias is None else bias.dtype
-    return grad_x.to(x.dtype).view(x.shape), grad_weight.to(weight.dtype), grad_bias.to(bias_dtype)
+    return grad_x.to(x.dtype).view(x.shape), grad_weight.to(weight.dtype), grad_bias
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
