@@ -8,8 +8,12 @@ from typing import Literal
 
 import torch
 
+from milonga.data.text import Text
 from milonga.errors import UserError
+from milonga.inference import LanguageModel, Session
+from milonga.inference.batch import Ticket
 from milonga.inference.captured import Decoder
+from milonga.inference.sampling import Sampling
 from milonga.models import ModelConfig, Network
 from milonga.models.network import NetworkState
 from milonga.state import named_tensors
@@ -214,6 +218,68 @@ def _decoding(decoder: Decoder, batch: int, captured: bool, drawing: Drawing) ->
     if drawing == "host":
         return on_host
     return lambda: decoder.advance(batch, drawing)
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """How long texts that are written together stay what each is alone, byte for byte."""
+
+    first: tuple[int | None, ...]  # of each text the first token that differs; None where none does
+    tokens: int  # written of each
+    exact: bool
+
+    @property
+    def diverged(self) -> int:
+        """Texts with a token that differs."""
+        return sum(place is not None for place in self.first)
+
+
+def first_divergence(
+    lm: LanguageModel,
+    *,
+    texts: int = 16,
+    tokens: int = 1000,
+    exact: bool = False,
+    temperature: float = 0.0,
+    prompt: Text = b"",
+) -> Divergence:
+    """Write texts together, then each alone in a batch of the same kind with the same seed, and compare.
+
+    Text i begins with the prompt and i more bytes of value 65 + i % 26, so that no two are alike.
+
+    Raises:
+        UserError: if a number is below 1.
+    """
+    if texts < 1 or tokens < 1:
+        raise UserError("first_divergence: texts and tokens must be at least 1")
+    starts = []
+    for index in range(texts):
+        session = lm.session()
+        session.feed(prompt)
+        session.feed(bytes([65 + index % 26]) * index)
+        starts.append(session)
+    settings = [Sampling(temperature=temperature, seed=index) for index in range(texts)]
+    pairs = list(zip(starts, settings, strict=True))
+    together = _written_by(lm, pairs, texts, tokens, exact)
+    alone = [_written_by(lm, [pair], texts, tokens, exact)[0] for pair in pairs]
+    first = []
+    for left, right in zip(together, alone, strict=True):
+        differs = [index for index, (a, b) in enumerate(zip(left, right, strict=True)) if a != b]
+        first.append(differs[0] if differs else None)
+    return Divergence(tuple(first), tokens, exact)
+
+
+def _written_by(
+    lm: LanguageModel, pairs: list[tuple[Session, Sampling]], rows: int, tokens: int, exact: bool
+) -> list[list[bytes]]:
+    """The tokens of texts written in one batch."""
+    batch = lm.batch(max_rows=rows, exact=exact)
+    tickets = [batch.join(session, sampling, tokens) for session, sampling in pairs]
+    written: dict[Ticket, list[bytes]] = {ticket: [] for ticket in tickets}
+    while batch.rows or batch.waiting:
+        for event in batch.run():
+            written[event.ticket].append(event.data)
+    return [written[ticket] for ticket in tickets]
 
 
 def measure_prefill(
