@@ -8,7 +8,7 @@ from torch import Tensor
 
 from milonga.bench.cases import OPS, Case, Contender, Letters, Op
 from milonga.bench.ceilings import Ceilings, dtype_name
-from milonga.bench.demands import AS_FAST_AS_PEERS, CHIP, demand
+from milonga.bench.demands import AS_FAST_AS_PEERS, CHIP, Demand, demand, judged
 from milonga.bench.figures import Figure
 from milonga.bench.peers import peers_of
 from milonga.bench.result import Bar, Bars, BenchResult, Progress, Table, silent
@@ -312,16 +312,7 @@ def figures_of(rows: Sequence[OpRow], gpu: str | None) -> list[Figure]:
             continue
         what = f"{ours.title}, {ours.passes}"
         asked = demand(ours.op, tuple(ours.shape.values()), ours.both, ours.dtype, gpu)
-        made.append(
-            Figure(
-                what,
-                ours.outcome.median * 1e3,
-                asked.demanded if asked else None,
-                "ms",
-                at_least=False,
-                aim=asked.aim if asked else None,
-            )
-        )
+        made.append(judged(what, ours.outcome.median * 1e3, "ms", asked, at_least=False))
         beside = [
             (row.ratio, row.who)
             for row in rows
@@ -332,7 +323,7 @@ def figures_of(rows: Sequence[OpRow], gpu: str | None) -> list[Figure]:
         if beside:
             ratio, who = min(beside)
             asked_too = gpu is not None and CHIP in gpu and ours.op in AS_FAST_AS_PEERS
-            made.append(Figure(f"{what}, against {who}", ratio, 1.0 if asked_too else None, "x"))
+            made.append(judged(f"{what}, against {who}", ratio, "x", Demand(1.0) if asked_too else None))
     return made
 
 

@@ -69,6 +69,119 @@ def ops(
     plot: Plot = None,
 ) -> None:
     """Medians of every op, the floor that bytes and operations set at the rates measured in the same run, and peers."""
-    from milonga.cli.bench_run import run_bench_ops
+    from milonga.cli.bench_run import Outputs, run_bench_ops
 
-    _finish(run_bench_ops(op, shape or [], dtype, pass_, peers, device, json_, out, plot))
+    _finish(run_bench_ops(op, shape or [], dtype, pass_, peers, device, Outputs(json_, out, plot)))
+
+
+@app.command(
+    short_help="Whole training steps.",
+    epilog=_example("milonga bench train --preset samba-421m --batch 4 --length 2048"),
+)
+def train(
+    preset: Annotated[
+        list[str] | None,
+        typer.Option(help="A shape of the bench or a named model; may be repeated.", metavar="NAME"),
+    ] = None,
+    recipe: Annotated[
+        str | None, typer.Option(help="Model, micro-batch, window and precision of this recipe.", metavar="RECIPE")
+    ] = None,
+    batch: Annotated[int | None, typer.Option(help="Rows of a step.", min=1, metavar="N")] = None,
+    length: Annotated[int | None, typer.Option(help="Tokens of a row.", min=1, metavar="N")] = None,
+    precision: Annotated[
+        str | None, typer.Option(help="bf16 or fp32. [default: bf16 on a GPU, fp32 on a CPU]", metavar="NAME")
+    ] = None,
+    compile_: Annotated[
+        bool | None, typer.Option("--compile/--no-compile", help="Run through torch.compile. [default: on a GPU]")
+    ] = None,
+    device: Device = None,
+    json_: Json = None,
+    out: Out = None,
+    plot: Plot = None,
+) -> None:
+    """Tokens a second, memory and utilisation of the library's training step, beside its matrix products alone."""
+    from milonga.cli.bench_run import Outputs, run_bench_train
+
+    outputs = Outputs(json_, out, plot)
+    _finish(run_bench_train(preset or [], recipe, batch, length, precision, compile_, device, outputs))
+
+
+Models = Annotated[
+    str | None,
+    typer.Option(help="samba, swa, mamba, transformer or named models, separated by commas.", metavar="NAMES"),
+]
+Small = Annotated[
+    bool | None,
+    typer.Option("--small/--paper", help="Narrow models, or the paper's 1.7B shapes. [default: small on a CPU]"),
+]
+Lengths = Annotated[
+    str | None, typer.Option(help="Lengths, separated by commas, such as 1K,2K,64K.", metavar="LENGTHS")
+]
+Dtype = Annotated[str | None, typer.Option(help="bf16, fp16 or fp32. [default: as for ops]", metavar="DTYPE")]
+
+
+@app.command(
+    short_help="Reading prompts.", epilog=_example("milonga bench prefill --model samba,transformer --lengths 4K,128K")
+)
+def prefill(
+    model: Models = None,
+    lengths: Lengths = None,
+    total: Annotated[
+        str | None, typer.Option(help="Tokens of all rows together. [default: 128K]", metavar="LENGTH")
+    ] = None,
+    small: Small = None,
+    dtype: Dtype = None,
+    device: Device = None,
+    json_: Json = None,
+    out: Out = None,
+    plot: Plot = None,
+) -> None:
+    """Tokens a second of prompts of several lengths, as many rows as make a fixed total; random weights."""
+    from milonga.cli.bench_run import Outputs, run_bench_prefill
+
+    _finish(run_bench_prefill(model, lengths, total, small, dtype, device, Outputs(json_, out, plot)))
+
+
+@app.command(
+    short_help="Generating.", epilog=_example("milonga bench decode --model samba,transformer --lengths 1K,64K")
+)
+def decode(
+    model: Models = None,
+    lengths: Lengths = None,
+    batch: Annotated[int, typer.Option(help="Rows that generate together.", min=1, metavar="N")] = 16,
+    steps: Annotated[int | None, typer.Option(help="Steps timed together.", min=1, metavar="N")] = None,
+    small: Small = None,
+    dtype: Dtype = None,
+    device: Device = None,
+    json_: Json = None,
+    out: Out = None,
+    plot: Plot = None,
+) -> None:
+    """A decoded step at several positions, and whole generations; random weights and caches."""
+    from milonga.cli.bench_run import Outputs, run_bench_decode
+
+    _finish(run_bench_decode(model, lengths, batch, steps, small, dtype, device, Outputs(json_, out, plot)))
+
+
+@app.command(
+    "first-use", short_help="What compiling costs.", epilog=_example("milonga bench first-use --what ops:scan+conv")
+)
+def first_use(
+    what: Annotated[
+        str | None,
+        typer.Option(help="ops (or ops:scan+conv), train, prefill; separated by commas.", metavar="PARTS"),
+    ] = None,
+    compile_: Annotated[
+        bool | None,
+        typer.Option("--compile/--no-compile", help="Run training through torch.compile. [default: on a GPU]"),
+    ] = None,
+    dtype: Dtype = None,
+    device: Device = None,
+    json_: Json = None,
+    out: Out = None,
+    plot: Plot = None,
+) -> None:
+    """Seconds that a first run takes beyond the second, with empty caches of compiled kernels and with filled ones."""
+    from milonga.cli.bench_run import Outputs, run_bench_first_use
+
+    _finish(run_bench_first_use(what, compile_, dtype, device, Outputs(json_, out, plot)))

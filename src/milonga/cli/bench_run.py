@@ -1,20 +1,32 @@
 """What the commands of `milonga bench` do: measure with progress, print a table, write JSON, a page and a plot."""
 
 import json
+import re
 import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
-from milonga.bench import BenchResult, bench_ops
+from milonga.bench import BenchResult, bench_decode, bench_first_use, bench_ops, bench_prefill, bench_train
+from milonga.bench.ceilings import dtype_name
+from milonga.bench.first_use import parse_parts
+from milonga.bench.models import ON_CPU, ON_GPU, STUDY, TrainingShape, study_model, training_shape
 from milonga.bench.ops import parse_dtype, parse_ops, parse_shape
 from milonga.bench.page import check_plot, figure_table, render, write_plot
 from milonga.bench.result import Progress
 from milonga.cli import console
+from milonga.errors import UserError
 from milonga.files import ensure_folder, write_atomically
 from milonga.inference.language_model import choose_device
+from milonga.models import ModelConfig
+from milonga.training import RunConfig
+
+# The paper's prompts end at 128K, its generations at 64K.
+PAPER_LENGTHS = tuple(1 << power for power in range(10, 18))
+SMALL_LENGTHS = (64, 256, 1024)
 
 
 def command_line() -> str:
@@ -82,9 +94,7 @@ def run_bench_ops(
     passes: str,
     peers: bool,
     device: str | None,
-    json_: str | None,
-    out: str | None,
-    plot: str | None,
+    outputs: Outputs,
 ) -> int:
     """Measure ops.
 
@@ -94,8 +104,143 @@ def run_bench_ops(
     ops, shapes = parse_ops(op), [parse_shape(text) for text in shape]
     place = choose_device(device)
     chosen = parse_dtype(dtype, place)
-    outputs = Outputs(json_, out, plot)
     check(outputs)
     with shown("measurements") as progress:
         result = bench_ops(ops, shapes, chosen, place, passes, peers=peers, progress=progress)
+    return finish(result, outputs)
+
+
+def run_bench_train(
+    presets: list[str],
+    recipe: str | None,
+    batch: int | None,
+    length: int | None,
+    precision: str | None,
+    compile_: bool | None,
+    device: str | None,
+    outputs: Outputs,
+) -> int:
+    """Measure training steps.
+
+    Raises:
+        UserError: if a model, recipe, precision or device is not known or not there.
+    """
+    place = choose_device(device)
+    check(outputs)
+    if recipe is not None and presets:
+        raise UserError("give --preset or --recipe, not both")
+    on_gpu = place.type == "cuda"
+    if recipe is not None:
+        config = RunConfig.load(recipe)
+        training = config.training
+        rows = training.batch // training.accumulation
+        shapes = [TrainingShape(config.name, config.model, rows, training.window)]
+        precision = precision or training.precision
+    else:
+        shapes = [training_shape(name) for name in presets or (ON_GPU if on_gpu else ON_CPU)]
+    shapes = [replace(shape, batch=batch or shape.batch, length=length or shape.length) for shape in shapes]
+    chosen = precision or ("bf16" if on_gpu else "fp32")
+    if chosen not in ("bf16", "fp32"):
+        raise UserError(f"--precision: expected bf16 or fp32, got {chosen!r}")
+    with shown("models") as progress:
+        result = bench_train(
+            shapes,
+            place,
+            "bf16" if chosen == "bf16" else "fp32",
+            compile_=on_gpu if compile_ is None else compile_,
+            progress=progress,
+        )
+    return finish(result, outputs)
+
+
+def parse_length(text: str) -> int:
+    """`4096` or `4K`, K being 1024 and M 1024 times as many.
+
+    Raises:
+        UserError: if it is neither.
+    """
+    found = re.fullmatch(r"(\d+)([KkMm]?)", text.strip())
+    if not found or int(found[1]) < 1:
+        raise UserError(f"--lengths: expected lengths such as 4096 or 4K, got {text!r}")
+    return int(found[1]) << {"": 0, "k": 10, "m": 20}[found[2].lower()]
+
+
+def _lengths(text: str | None, default: Sequence[int]) -> list[int]:
+    return sorted({parse_length(part) for part in text.split(",")}) if text is not None else list(default)
+
+
+def _models(names: str | None, small: bool) -> dict[str, ModelConfig]:
+    wanted = list(STUDY) if names is None else [name.strip() for name in names.split(",")]
+    return {name: study_model(name, small=small) for name in dict.fromkeys(wanted)}
+
+
+def run_bench_prefill(
+    models: str | None,
+    lengths: str | None,
+    total: str | None,
+    small: bool | None,
+    dtype: str | None,
+    device: str | None,
+    outputs: Outputs,
+) -> int:
+    """Measure prompts.
+
+    Raises:
+        UserError: if a model, length, dtype or device is not known or not there.
+    """
+    place = choose_device(device)
+    check(outputs)
+    tiny = place.type != "cuda" if small is None else small
+    chosen, used = parse_dtype(dtype, place), _models(models, tiny)
+    sizes = _lengths(lengths, SMALL_LENGTHS if tiny else PAPER_LENGTHS)
+    tokens = parse_length(total) if total is not None else max(SMALL_LENGTHS if tiny else PAPER_LENGTHS)
+    with shown("measurements") as progress:
+        result = bench_prefill(used, sizes, tokens, place, chosen, progress=progress)
+    return finish(result, outputs)
+
+
+def run_bench_decode(
+    models: str | None,
+    lengths: str | None,
+    batch: int,
+    steps: int | None,
+    small: bool | None,
+    dtype: str | None,
+    device: str | None,
+    outputs: Outputs,
+) -> int:
+    """Measure generating.
+
+    Raises:
+        UserError: if a model, length, dtype or device is not known or not there.
+    """
+    place = choose_device(device)
+    check(outputs)
+    tiny = place.type != "cuda" if small is None else small
+    chosen, used = parse_dtype(dtype, place), _models(models, tiny)
+    sizes = _lengths(lengths, SMALL_LENGTHS if tiny else PAPER_LENGTHS[:-1])
+    with shown("measurements") as progress:
+        result = bench_decode(used, sizes, batch, place, chosen, steps=steps or (8 if tiny else 64), progress=progress)
+    return finish(result, outputs)
+
+
+def run_bench_first_use(
+    what: str | None, compile_: bool | None, dtype: str | None, device: str | None, outputs: Outputs
+) -> int:
+    """Measure what compiling costs.
+
+    Raises:
+        UserError: if a part, dtype or device is not known or not there.
+    """
+    parts, place = parse_parts(what), choose_device(device)
+    check(outputs)
+    chosen = dtype_name(parse_dtype(dtype, place))
+    with shown("processes") as progress:
+        result = bench_first_use(
+            parts,
+            place,
+            chosen,
+            compile_=place.type == "cuda" if compile_ is None else compile_,
+            progress=progress,
+        )
     return finish(result, outputs)

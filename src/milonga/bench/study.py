@@ -1,0 +1,52 @@
+"""What the two halves of the throughput study share: models with random weights, one after the other."""
+
+import gc
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
+
+import torch
+
+from milonga.bench.ceilings import dtype_name
+from milonga.bench.result import Line, Lines
+from milonga.models import ModelConfig
+
+Models = Mapping[str, ModelConfig]
+Measured = TypeVar("Measured")
+Curves = Mapping[str, Sequence[tuple[float, float]]]
+
+
+def forget() -> None:
+    """Give the memory of a model back before the next is made."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def attempt(work: Callable[[], Measured]) -> Measured | str:
+    """The result, or that memory ran out."""
+    try:
+        return work()
+    except torch.OutOfMemoryError:
+        forget()
+        return "out of memory"
+
+
+def settings_of(models: Models, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+    """What was asked for, JSON-ready."""
+    return {
+        "models": {name: config.model_dump(mode="json") for name, config in models.items()},
+        "dtype": dtype_name(dtype),
+        "device": str(device),
+    }
+
+
+def times(rate: float | None, baseline: float | None) -> float | None:
+    """The ratio, where both are known."""
+    return rate / baseline if rate and baseline else None
+
+
+def curves_plot(title: str, x: str, curves: Curves, published: Curves) -> list[Lines]:
+    """Tokens a second over lengths, what a paper printed dashed; no plot where nothing was measured."""
+    lines = [Line(name, points) for name, points in curves.items()]
+    lines += [Line(f"{name} (published)", points, solid=False) for name, points in published.items()]
+    return [Lines(title, x, "tokens/s", lines)] if lines else []
