@@ -138,11 +138,12 @@ class ModelStream:
         self._device = drafter.model.device
         heads = [_settled(text) for text in texts]
         self._tails = [text[len(head) :] for text, head in zip(texts, heads, strict=True)]
+        rows = [self._read(head) for head in heads]
         with torch.inference_mode():
-            rows = [self._read(head) for head in heads]
             self._state: NetworkState = merge([state for state, _ in rows]) if len(rows) > 1 else rows[0][0]
             self._behind = torch.cat([logits for _, logits in rows])  # [B V]: the prediction there
 
+    @torch.inference_mode()
     def _read(self, text: bytes) -> tuple[NetworkState, Float[Tensor, "1 V"]]:
         network = self._drafter.model.network
         state = network.init_state(1)
@@ -157,6 +158,7 @@ class ModelStream:
         """As `DraftStream.extend`."""
         self._tails = [tail + more for tail, more in zip(self._tails, written, strict=True)]
 
+    @torch.inference_mode()
     def draft(self, limit: int, temperature: float, dice: Sequence[Dice]) -> Sequence[RowDraft]:
         """As `DraftStream.draft`."""
         state, logits, open_ = self._catch_up(temperature, dice)
@@ -263,7 +265,7 @@ class ModelStream:
             steps = total[:, 1:].contiguous()
             ranks = torch.searchsorted(steps, targets[:, None], right=True)[:, 0]
             # where the target was rounded up to the end: the last place with a mass
-            ranks = torch.minimum(ranks, torch.searchsorted(steps, edges[:, 1:])[:, 0])
+            ranks = torch.minimum(ranks, torch.searchsorted(steps, edges[:, 1:].contiguous())[:, 0])
             empty = ~(edges[:, 1] > edges[:, 0])
         tokens = self._drafter.order[ranks.clamp(0, ordered.shape[1] - 1)].masked_fill(empty, -1)
         return tokens.tolist()
