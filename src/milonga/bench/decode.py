@@ -16,7 +16,7 @@ from milonga.bench.ceilings import Ceilings, dtype_name
 from milonga.bench.figures import Figure, number
 from milonga.bench.models import BASELINE
 from milonga.bench.result import BenchResult, Lines, Progress, Table, silent
-from milonga.bench.study import Models, attempt, curves_plot, forget, settings_of, times
+from milonga.bench.study import Models, as_published, attempt, curves_plot, forget, settings_of, times
 from milonga.evaluation.decoding import DecodeTime, measure_decode, random_network
 from milonga.evaluation.drawing import byte_count
 
@@ -92,14 +92,14 @@ def bench_decode(
         forget()
     progress(parts, parts, "")
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
-    compared = [row for row in rows if row.model in paper.GENERATION] if batch == paper.GENERATION_BATCH else []
+    published = as_published(models) if batch == paper.GENERATION_BATCH else set()
     return BenchResult(
         "decode",
         settings_of(models, device, dtype) | {"lengths": list(lengths), "batch": batch, "steps": steps},
         [part for row in rows for part in _decode_json(row, rows)],
         decode_figures(rows, gpu),
         [_decode_table(rows, f"Generating, {batch} rows, {dtype_name(dtype)} on {gpu or 'the CPU'}")],
-        _decode_plots(rows, compared),
+        _decode_plots(rows, published),
         ceilings.to_json(),
         [
             f"paper: {paper.GENERATION_RATIO}x for samba over transformer over generations of 65536, on an A100; "
@@ -201,12 +201,25 @@ def _decode_table(rows: Sequence[DecodeRow], title: str) -> Table:
     return Table(title, headings, shown, right=(1, 2, 3, 4, 5, 6, 7), own=own)
 
 
-def _decode_plots(rows: Sequence[DecodeRow], compared: Sequence[DecodeRow]) -> list[Lines]:
-    curves: dict[str, list[tuple[float, float]]] = {}
+def _decode_plots(rows: Sequence[DecodeRow], published: set[str]) -> list[Lines]:
+    """Tokens a second, and how many times the baseline's that is."""
+    base = _baseline(rows)
+    rates: dict[str, list[tuple[float, float]]] = {}
+    ratios: dict[str, list[tuple[float, float]]] = {}
     for row in rows:
         for position in row.steps:
             rate = row.rate(position)
-            if rate is not None:
-                curves.setdefault(row.model, []).append((position, rate))
-    published = {row.model: sorted(paper.GENERATION[row.model].items()) for row in compared}
-    return curves_plot("Generating", "tokens generated", curves, published)
+            if rate is None:
+                continue
+            rates.setdefault(row.model, []).append((position, rate))
+            ratio = times(rate, base.rate(position) if base else None)
+            if ratio is not None and row.model != BASELINE:
+                ratios.setdefault(row.model, []).append((position, ratio))
+    printed = {name: sorted(paper.GENERATION[name].items()) for name in sorted(published)}
+    slowest = paper.GENERATION[BASELINE]
+    over = {name: [(length, rate / slowest[length]) for length, rate in points] for name, points in printed.items()}
+    x = "tokens generated"
+    return [
+        *curves_plot("Generating", x, "tokens/s", rates, printed),
+        *curves_plot(f"Generating, over {BASELINE}", x, "times", ratios, over),
+    ]

@@ -127,7 +127,7 @@ def parse_dtype(name: str | None, device: torch.device) -> torch.dtype:
     return DTYPES[name]
 
 
-def _one_pass(contender: Contender, both: bool) -> Call:
+def one_pass(contender: Contender, both: bool) -> Call:
     """What is timed: the forward pass alone keeps nothing for another."""
     if not both:
 
@@ -192,7 +192,7 @@ def _rows(
     for contender in contenders:
         step(f"{case.op} {shape_text(case.letters)}: {contender.name}: compiling where it is the first use")
     kept, found = _checked(contenders, device)
-    calls = {one.name: _one_pass(one, both) for one in kept}
+    calls = {one.name: one_pass(one, both) for one in kept}
     outcomes = measure(calls, device) if calls else {}
     mine = outcomes.get(case.ours.name)
     rows = []

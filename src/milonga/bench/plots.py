@@ -2,7 +2,7 @@
 
 import matplotlib as mpl
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
 
 from milonga.bench.figures import number
 from milonga.bench.result import Bars, Lines
@@ -71,8 +71,8 @@ def _lines(plot: Lines, palette: Palette) -> Figure:
             color=colour,
             linestyle="-" if line.solid else (0, (3, 2)),
             linewidth=2.2 if line.solid else 1.2,
-            marker="o" if line.solid else "",
-            markersize=4,
+            marker="o" if line.solid else "x" if len(line.points) == 1 else "",
+            markersize=4 if line.solid else 8,
             label=line.label,
         )
     lengths = sorted({x for line in plot.lines for x, _ in line.points})
@@ -81,6 +81,7 @@ def _lines(plot: Lines, palette: Palette) -> Figure:
     axes.xaxis.set_major_locator(FixedLocator(lengths))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: byte_count(value)))
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: number(value)))
     axes.yaxis.set_minor_locator(NullLocator())
     axes.set_xlabel(plot.x)

@@ -14,7 +14,7 @@ from milonga.bench.ceilings import Ceilings, dtype_name
 from milonga.bench.figures import Figure, number
 from milonga.bench.models import BASELINE, product_flops
 from milonga.bench.result import BenchResult, Lines, Progress, Table, silent
-from milonga.bench.study import Models, attempt, curves_plot, forget, settings_of, times
+from milonga.bench.study import Models, as_published, attempt, curves_plot, forget, settings_of, times
 from milonga.evaluation.decoding import PrefillTime, measure_prefill, random_network
 from milonga.evaluation.drawing import byte_count
 
@@ -76,7 +76,7 @@ def bench_prefill(
         [_prefill_json(row, rows) for row in rows],
         prefill_figures(rows, gpu),
         [_prefill_table(rows, f"Reading prompts, {dtype_name(dtype)} on {gpu or 'the CPU'}")],
-        _prefill_plots(rows),
+        _prefill_plots(rows, as_published(models)),
         ceilings.to_json(),
         [f"paper: {paper.PROMPT_RATIO}x for samba over transformer at one prompt of {paper.PROMPT_TOKENS}, on an A100"],
     )
@@ -147,9 +147,20 @@ def _prefill_table(rows: Sequence[PrefillRow], title: str) -> Table:
     return Table(title, headings, shown, right=(1, 2, 3, 4, 5, 6), own=own)
 
 
-def _prefill_plots(rows: Sequence[PrefillRow]) -> list[Lines]:
-    curves: dict[str, list[tuple[float, float]]] = {}
+def _prefill_plots(rows: Sequence[PrefillRow], published: set[str]) -> list[Lines]:
+    """Tokens a second, and how many times the baseline's that is; of the paper's, the closing ratio is known."""
+    rates: dict[str, list[tuple[float, float]]] = {}
+    ratios: dict[str, list[tuple[float, float]]] = {}
     for row in rows:
-        if row.rate is not None:
-            curves.setdefault(row.model, []).append((row.length, row.rate))
-    return curves_plot("Reading prompts", "tokens of a prompt", curves, {})
+        if row.rate is None:
+            continue
+        rates.setdefault(row.model, []).append((row.length, row.rate))
+        ratio = _prefill_ratio(row, rows)
+        if ratio is not None and row.model != BASELINE:
+            ratios.setdefault(row.model, []).append((row.length, ratio))
+    printed = {"samba": [(paper.PROMPT_TOKENS, paper.PROMPT_RATIO)]} if "samba" in published else {}
+    x = "tokens of a prompt"
+    return [
+        *curves_plot("Reading prompts", x, "tokens/s", rates, {}),
+        *curves_plot(f"Reading prompts, over {BASELINE}", x, "times", ratios, printed),
+    ]

@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 import torch
 
 from milonga.bench.ceilings import dtype_name
+from milonga.bench.models import STUDY, study_model
 from milonga.bench.result import Line, Lines
 from milonga.models import ModelConfig
 
@@ -45,8 +46,13 @@ def times(rate: float | None, baseline: float | None) -> float | None:
     return rate / baseline if rate and baseline else None
 
 
-def curves_plot(title: str, x: str, curves: Curves, published: Curves) -> list[Lines]:
-    """Tokens a second over lengths, what a paper printed dashed; no plot where nothing was measured."""
-    lines = [Line(name, points) for name, points in curves.items()]
-    lines += [Line(f"{name} (published)", points, solid=False) for name, points in published.items()]
-    return [Lines(title, x, "tokens/s", lines)] if lines else []
+def curves_plot(title: str, x: str, y: str, curves: Curves, published: Curves) -> list[Lines]:
+    """Curves over lengths, what a paper printed dashed; no plot where nothing was measured."""
+    lines = [Line(name, points) for name, points in curves.items() if points]
+    drawn = [Line(f"{name} (published)", points, solid=False) for name, points in published.items() if name in curves]
+    return [Lines(title, x, y, lines + drawn)] if lines else []
+
+
+def as_published(models: Models) -> set[str]:
+    """Those of the models that have the paper's shape, so that its figures may stand beside theirs."""
+    return {name for name, config in models.items() if name in STUDY and config == study_model(name, small=False)}
