@@ -131,6 +131,21 @@ def test_what_does_not_fit(call, words):
         call(network, torch.randint(1000, (2, 5)))
 
 
+def test_residual_stream_in_bf16() -> None:
+    layers = {"mlp": SwiGLUConfig(d_hidden=24), "swa": AttentionConfig(heads=2, window=5)}
+    network = ModelConfig(vocab_size=19, d_model=16, pattern="swa mlp", repeats=2, layers=layers).build()
+    tokens, seen = torch.randint(0, 19, (2, 13)), []
+    for layer in network.sublayers:
+        layer.register_forward_hook(lambda _, __, out: seen.append(out[0].dtype))
+    with torch.autocast("cpu", torch.bfloat16):
+        wide = network(tokens, targets=tokens).losses
+        network.residual_dtype = torch.bfloat16
+        narrow = network(tokens, targets=tokens).losses
+    assert seen == [torch.float32] * 4 + [torch.bfloat16] * 4
+    assert not torch.equal(wide, narrow)
+    torch.testing.assert_close(wide, narrow, rtol=0.02, atol=0.02)
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_forgetting_cheap_results_changes_no_gradient(precision: str) -> None:
     layers = {

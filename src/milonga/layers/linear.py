@@ -1,12 +1,14 @@
 """The linear map of every layer: PyTorch's module with this library's product."""
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Literal, get_args
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from milonga.layers.recompute import cheap
 from milonga.ops.linear import linear, linear_split, quantize
 
 Storage = Literal["bf16", "int8"]
@@ -21,11 +23,18 @@ class Linear(nn.Linear):
 
     def forward(self, input: Float[Tensor, "*rows D"]) -> Float[Tensor, "*rows F"]:
         """-> the product, dtype of the input (of autocast where that is on)."""
-        return linear(input, self.weight)
+        return linear(input, self._weight(input))
 
     def split(self, input: Float[Tensor, "*rows D"], sizes: Sequence[int]) -> tuple[Tensor, ...]:
         """The product in parts of `sizes` features, see `linear_split`."""
-        return linear_split(input, self.weight, sizes)
+        return linear_split(input, self._weight(input), sizes)
+
+    def _weight(self, input: Tensor) -> Tensor:
+        """The weight as the product takes it: under autocast on a GPU a copy in its dtype, cheap to make again."""
+        if not input.is_cuda or not torch.is_autocast_enabled("cuda"):
+            return self.weight
+        dtype = torch.get_autocast_dtype("cuda")
+        return cheap("cast", self.weight.to(dtype), partial(torch.Tensor.to, dtype=dtype), self.weight)
 
 
 class StoredLinear(nn.Module):

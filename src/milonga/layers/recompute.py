@@ -14,7 +14,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-Cheap = Literal["norm", "gate", "conv", "dt", "rotary"]
+Cheap = Literal["norm", "gate", "conv", "dt", "rotary", "cast"]
 CHEAP: tuple[str, ...] = get_args(Cheap)
 
 

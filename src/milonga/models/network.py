@@ -106,6 +106,7 @@ class Network(nn.Module):
                 self.head.weight = self.embedding.weight
             self._initialise()
         self.recompute: tuple[str, ...] = ()  # results that the backward pass makes again, see `layers.recompute`
+        self.residual_dtype: torch.dtype | None = None  # of the residual stream; None is that of the embedding
         if device is not None and not on_meta:
             self.to(device)
 
@@ -164,6 +165,7 @@ class Network(nn.Module):
         self._check(tokens, state, segments, targets)
         keep_state = state is not None or targets is None
         x = self.embedding(tokens)
+        x = x if self.residual_dtype is None else x.to(self.residual_dtype)
         branch, states, traces = None, [], []
         for index, sublayer in enumerate(self.sublayers):
             with forgetting(self.recompute):

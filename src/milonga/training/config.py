@@ -45,7 +45,9 @@ class TrainingConfig(BaseModel):
         log_every: steps between two lines of metrics.
         device: `auto` takes a GPU where there is one; `cpu`, `cuda`, `cuda:1`.
         recompute: results that the backward pass makes again instead of keeping them, to save memory: any of `norm`,
-            `gate`, `conv`, `dt`, `rotary`. It changes no number.
+            `gate`, `conv`, `dt`, `rotary`, `cast` (weights in bf16). It changes no number.
+        residual: dtype of the residual stream where `precision` is bf16: `fp32` as in the papers' code, or `bf16`, which
+            takes less memory and time.
         compile: run the network through `torch.compile`.
         tensorboard: also write TensorBoard event files (extra `tensorboard`).
     """
@@ -67,6 +69,7 @@ class TrainingConfig(BaseModel):
     log_every: PositiveInt = 10
     device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
     recompute: tuple[Cheap, ...] = ()
+    residual: Literal["fp32", "bf16"] = "fp32"
     compile: bool = False
     tensorboard: bool = False
 
@@ -74,6 +77,8 @@ class TrainingConfig(BaseModel):
     def _check(self) -> "TrainingConfig":
         if self.steps is None and self.minutes is None:
             raise ValueError("say how long: set steps, or minutes")
+        if self.residual == "bf16" and self.precision != "bf16":
+            raise ValueError("residual bf16 needs precision bf16")
         if self.batch % self.accumulation:
             raise ValueError(
                 f"accumulation must divide batch, got batch {self.batch} and accumulation {self.accumulation}"

@@ -101,6 +101,7 @@ def open_run(config: RunConfig, folder: Path, device: torch.device, *, resume: b
         )
     network = config.model.build(seed=config.training.seed, device=device)
     network.recompute = config.training.recompute
+    network.residual_dtype = torch.bfloat16 if config.training.residual == "bf16" else None
     if checkpoint is not None:
         _load_weights(network, checkpoint, config)
     if config.training.steps is None:

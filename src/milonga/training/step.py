@@ -65,8 +65,9 @@ def backward(
 ) -> tuple[Float64[Tensor, ""], int, NetworkState | None]:
     """Add the gradient of the mean loss over all targets of the batch: -> (sum of losses in nats, targets, next state).
 
-    The sum stays on the device, so that nothing here waits for it. The gradient does not depend on `accumulation` but for rounding. With a state (one row per sequence) training
-    carries it from step to step: the next state is returned, cut from the graph.
+    The sum stays on the device, so that nothing here waits for it. The gradient does not depend on `accumulation` but
+    for rounding. With a state (one row per sequence) training carries it from step to step: the next state is returned,
+    cut from the graph.
     """
     tokens = int((batch.targets != IGNORED).sum())
     nats = torch.zeros((), dtype=torch.float64, device=device)
