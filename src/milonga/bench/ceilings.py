@@ -88,7 +88,8 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def _best(call: Call, device: torch.device) -> float:
-    timing = measure({"": call}, device, budget=0.3, least=3, most=30, flush=False)[""]
+    budget = 0.3 if device.type == "cuda" else 0.12
+    timing = measure({"": call}, device, budget=budget, least=3, most=30, flush=False)[""]
     if isinstance(timing, Failure):
         raise RuntimeError(f"bench: a ceiling could not be measured: {timing.reason}")
     return timing.best
