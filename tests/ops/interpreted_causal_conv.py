@@ -3,6 +3,7 @@
 Run by `test_triton_interpreted.py` in a process of its own: the interpreter must be chosen before Triton is imported.
 """
 
+import math
 from itertools import pairwise
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from milonga.ops.causal_conv import ERROR_BOUND, causal_conv, triton
-from milonga.ops.gpu.triton_parts import rows
+from milonga.ops.gpu.triton_parts import rows, slots_of
 from milonga.segments import Segments
 from tests.ops.helpers import assert_matches, relative_rms
 from tests.ops.interpreter import prepare
@@ -66,9 +67,10 @@ def _short_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Chunks of 6 rows forward, and for W = 4 of 6 rows backward: three rows at a turn."""
     for name, value in {"_AHEAD": 3, "_TURNS": 2, "_AHEAD_BACKWARD": 3, "_TURNS_BACKWARD": 3, "_MOST_TURNS": 3}.items():
         monkeypatch.setattr(triton, name, value)
+    triton._backward_length.cache_clear()
 
 
-SHAPES = [(1, 0, 5, 4), (2, 1, 33, 4), (2, 14, 140, 4), (1, 7, 7, 1), (1, 13, 18, 2), (1, 12, 3, 3), (2, 9, 17, 8)]
+SHAPES = [(1, 0, 5, 4), (2, 1, 33, 4), (1, 14, 140, 4), (1, 7, 7, 1), (1, 13, 18, 2), (1, 12, 3, 3), (2, 9, 17, 8)]
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -103,7 +105,17 @@ def test_one_output_used(used: int) -> None:
 
 def test_chunks_as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
+    triton._backward_length.cache_clear()
     check(make(1, 70, 20, 4))
+
+
+def test_the_last_wave_of_the_backward_pass_is_full(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    for batch, time, blocks in ((8, 4096, 24), (1, 4096, 36), (1, 131072, 36), (1, 1, 24)):
+        length = triton._backward_length.__wrapped__(batch, time, batch, False, blocks, 4)
+        assert (length + 3) % triton._AHEAD_BACKWARD == 0
+        waves = slots_of(batch, time, batch, False, length) * blocks / triton._WAVE
+        assert waves < 1 or waves / math.ceil(waves) > 0.95
 
 
 def test_any_split_gives_the_same_bits() -> None:

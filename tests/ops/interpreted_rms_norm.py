@@ -57,7 +57,7 @@ def layer_of_sum(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor) -> t
 
 
 # Widths of one part and of several, of one row a tile and of many; more rows than programs.
-SHAPES = [(0, 5), (3, 0), (1, 3), (7, 3), (2, 5, 70), (3, 256), (2, 257), (5, 1536), (2, 4500), (30, 40), (9, 300)]
+SHAPES = [(0, 5), (3, 0), (1, 3), (7, 3), (2, 5, 70), (3, 256), (2, 257), (5, 1100), (2, 2100), (30, 40), (9, 300)]
 
 
 @pytest.fixture(autouse=True)

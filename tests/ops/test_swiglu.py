@@ -36,6 +36,16 @@ def test_halves_of_a_fused_projection() -> None:
     assert y.is_contiguous() and torch.equal(y, swiglu(gate.contiguous(), up.contiguous(), backend="cpu"))
 
 
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_a_whole_projection_is_its_halves(backend: str) -> None:
+    fused = torch.randn(3, 40, 64, requires_grad=True)
+    y, halves = swiglu(fused, backend=backend), swiglu(*fused.chunk(2, -1), backend=backend)
+    assert torch.equal(y, halves)
+    upstream = torch.randn_like(y)
+    assert torch.equal(*(torch.autograd.grad(out, fused, upstream)[0] for out in (y, halves)))
+    assert swiglu(torch.randn(2, 0), backend=backend).shape == (2, 0)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_keeps_dtype(dtype: torch.dtype) -> None:
     gate, up = (torch.randn(5, 24).to(dtype).requires_grad_() for _ in range(2))
@@ -94,5 +104,7 @@ def test_bad_input_is_named() -> None:
         swiglu(torch.randn(4, 8), torch.randn(4, 7))
     with pytest.raises(ValueError, match=r"swiglu: up .* got torch.float64"):
         swiglu(torch.randn(4, 8), torch.randn(4, 8).double())
+    with pytest.raises(ValueError, match=r"swiglu: without up, gate must be \[..., 2F\], got \[4, 7\]"):
+        swiglu(torch.randn(4, 7))
     with pytest.raises(ValueError, match="swiglu: backend 'triton' cannot run here"):
         swiglu(torch.randn(4, 8), torch.randn(4, 8), backend="triton")

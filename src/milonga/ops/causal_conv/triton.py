@@ -1,19 +1,36 @@
 """`causal_conv` on a GPU: the choice of blocks and chunks, and launches."""
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
 from milonga.ops.causal_conv import triton_kernels
 from milonga.ops.gpu.triton_parts import power_of_two, rows, slots_of
 
-# Rows whose loads are issued together, and turns of so many rows in a chunk of the forward pass.
-_AHEAD, _TURNS = 8, 8
-# The same for the backward pass: longer chunks where there are rows enough, for a chunk leaves W + 1 rows of sums.
-_AHEAD_BACKWARD, _TURNS_BACKWARD, _MOST_TURNS = 8, 4, 16
-# Programs (warps) that keep a large GPU busy. Fixed, so that results do not depend on the GPU.
-_PROGRAMS = 3168
 # Channels of a program: four a lane.
 _CHANNELS = 128
+# Rows whose loads are issued together, and turns of so many rows in a chunk of the forward pass.
+_AHEAD, _TURNS = 8, 4
+# The same for the backward pass: between the two numbers of turns, for a chunk leaves W + 1 rows of sums.
+_AHEAD_BACKWARD, _TURNS_BACKWARD, _MOST_TURNS = 4, 4, 32
+# Programs (warps) of the backward pass that an H100 runs at once, 16 on each multiprocessor for want of registers.
+# Fixed, so that results do not depend on the GPU.
+_WAVE = 2112
+
+
+@lru_cache(maxsize=256)
+def _backward_length(batch: int, time: int, sequences: int, packed: bool, blocks: int, taps: int) -> int:
+    """Steps of a chunk of the backward pass: with the W - 1 beyond it whole turns, and few waves of programs."""
+
+    def length(turns: int) -> int:
+        return turns * _AHEAD_BACKWARD - (taps - 1)
+
+    def cost(turns: int) -> int:
+        programs = slots_of(batch, time, sequences, packed, length(turns)) * blocks
+        return -(-programs // _WAVE) * (turns + 1)
+
+    return length(min(range(_TURNS_BACKWARD, _MOST_TURNS + 1), key=cost))
 
 
 class _Plan:
@@ -31,10 +48,7 @@ class _Plan:
         return slots_of(self.batch, self.time, self.sequences, self.packed, length)
 
     def backward_length(self) -> int:
-        """Steps of a chunk of the backward pass: with the W - 1 beyond it, whole turns."""
-        fewest = -(-self.batch * self.time * self.blocks // _PROGRAMS)
-        turns = min(max(-(-fewest // _AHEAD_BACKWARD), _TURNS_BACKWARD), _MOST_TURNS)
-        return turns * _AHEAD_BACKWARD - (self.taps - 1)
+        return _backward_length(self.batch, self.time, self.sequences, self.packed, self.blocks, self.taps)
 
     def constants(self, bias: Tensor | None, initial: Tensor | None, silu: bool) -> dict[str, int | bool]:
         return {

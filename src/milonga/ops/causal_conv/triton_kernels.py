@@ -1,8 +1,8 @@
 """Triton kernels of `causal_conv`.
 
 A program is one warp with a block of neighbouring channels of one chunk of time of one sequence. It walks along time,
-`K` rows at a turn, whose loads are issued together; the last W - 1 rows stay in registers, so that each row is read
-once but for the few around a chunk's ends. What is before a sequence's first row comes from `initial`.
+`K` rows at a turn, whose loads are issued together, a turn ahead; the last W - 1 rows stay in registers, so that each
+row is read once but for the few around a chunk's ends. What is before a sequence's first row comes from `initial`.
 
 Letters: T rows of time a batch row, E channels, W taps, CH channels a program, slot: a chunk's place among all chunks.
 Offsets of rows are int64.
@@ -92,9 +92,10 @@ def conv_forward(
     columns = columns_before(x, x_step, initial, start, total, sequence, e, E, live, W, INITIAL)
     x_at = x + start * x_step + e
     y_at = y + (origin + start) * E + e
+    values = rows_of(x_at, x_step, 0, steps, live, K)
     for turn in range((steps + K - 1) // K):
         step = turn * K
-        values = rows_of(x_at, x_step, step, steps, live, K)
+        coming = rows_of(x_at + K * x_step, x_step, step + K, steps, live, K)
         for k in tl.static_range(K):
             value = values[k].to(tl.float32)
             out = weighted(columns, value, taps, shift, W)
@@ -104,6 +105,7 @@ def conv_forward(
             tl.store(y_at + k * E, out, mask=live & (step + k < steps))
         x_at += K * x_step
         y_at += K * E
+        values = coming
     if chunk == chunks - 1:
         for i in tl.static_range(W - 1):
             at = total + (i - (W - 1))
@@ -153,10 +155,12 @@ def conv_backward(
     sums = (zero,)
     for _ in tl.static_range(W):
         sums = sums + (zero,)
+    values = rows_of(x_at, x_step, 0, known, live, K)
+    upstream = rows_of(g_at, g_step, 0, known, live & Y, K)
     for turn in range((steps + (W - 1) + K - 1) // K):
         step = turn * K
-        values = rows_of(x_at, x_step, step, known, live, K)
-        upstream = rows_of(g_at, g_step, step, known, live & Y, K)
+        coming = rows_of(x_at + K * x_step, x_step, step + K, known, live, K)
+        coming_g = rows_of(g_at + K * g_step, g_step, step + K, known, live & Y, K)
         for k in tl.static_range(K):
             t = step + k
             value = values[k].to(tl.float32)
@@ -187,6 +191,8 @@ def conv_backward(
         x_at += K * x_step
         g_at += K * g_step
         out_at += K * E
+        values = coming
+        upstream = coming_g
     partial += slot.to(tl.int64) * (W + 1) * E + e
     for i in tl.static_range(W + 1):
         tl.store(partial + i * E, sums[i], mask=live)

@@ -1,5 +1,6 @@
-"""Parts of Triton paths: views of rows, chunks of time of one sequence, a sigmoid."""
+"""Parts of Triton paths: views of rows, chunks of time of one sequence, a sigmoid, sums over programs."""
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -61,3 +62,27 @@ def chunk_of(slot, bounds, T, sequences, length, PACKED: tl.constexpr):
 def slots_of(batch: int, time: int, sequences: int, packed: bool, length: int) -> int:
     """Slots that `chunk_of` numbers: enough for any packing of `batch * time` rows into `sequences`."""
     return time // length + sequences if packed else batch * max(-(-time // length), 1)
+
+
+@triton.jit(do_not_specialize=["count"])
+def _sum_rows(values, out, count, width, ROWS: tl.constexpr, CH: tl.constexpr):
+    column = tl.program_id(0) * CH + tl.arange(0, CH)[None, :]
+    row = tl.arange(0, ROWS)[:, None]
+    total = tl.zeros([ROWS, CH], tl.float32)
+    for first in range(0, count, ROWS):
+        at = (first + row).to(tl.int64) * width + column
+        total += tl.load(values + at, mask=(first + row < count) & (column < width), other=0.0)
+    at = tl.program_id(0) * CH + tl.arange(0, CH)
+    tl.store(out + at, tl.sum(total, 0), mask=at < width)
+
+
+def sum_rows(values: Tensor) -> Tensor:
+    """The sum over the first dimension of a contiguous fp32 `[P, D]`, in a fixed order: one launch."""
+    count, width = values.shape
+    out = torch.empty(width, dtype=torch.float32, device=values.device)
+    if width:
+        tall = min(power_of_two(count), 256)
+        columns = min(power_of_two(width), 4096 // tall)
+        with torch.cuda.device_of(values):
+            _sum_rows[(-(-width // columns),)](values, out, count, width, ROWS=tall, CH=columns, num_warps=8)
+    return out
