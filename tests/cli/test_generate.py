@@ -9,11 +9,13 @@ from pathlib import Path
 
 import pytest
 
+from milonga.cli import generate as generate_module
+from milonga.cli import main
 from milonga.cli.generate import run_generate
 from milonga.errors import UserError
-from milonga.inference import load
+from milonga.inference import Sampling, load
 from milonga.models.pretrained import save_weights
-from tests.inference.helpers import opinionated
+from tests.inference.helpers import opinionated, opinionated_subwords
 
 from .processes import milonga_on_a_terminal
 
@@ -31,8 +33,8 @@ def expected(model, prompt, count, **settings):
     return "".join(session.generate(count, **settings))
 
 
-def generate(model, prompt="once", count=30, temperature=0.8, top_k=None, top_p=None, seed=0, json_=False):
-    return run_generate(model, prompt, count, temperature, top_k, top_p, seed, "cpu", json_)
+def generate(model, prompt="once", count=30, sampling=None, json_=False, **others):
+    return run_generate(model, prompt, count, sampling or Sampling(temperature=0.8), "cpu", json_, **others)
 
 
 class _Stdin:
@@ -41,15 +43,81 @@ class _Stdin:
 
 
 def test_stdout_holds_the_continuation_and_nothing_else(model, capsys):
-    assert generate(model, seed=3) == 0
+    assert generate(model, sampling=Sampling(temperature=0.8, seed=3)) == 0
     done = capsys.readouterr()
     assert done.out == expected(model, b"once", 30, temperature=0.8, seed=3)
     assert done.err == ""
 
 
 def test_settings_reach_the_sampler(model, capsys):
-    generate(model, temperature=0.5, top_k=4, top_p=0.9, seed=1)
+    generate(model, sampling=Sampling(temperature=0.5, top_k=4, top_p=0.9, seed=1))
     assert capsys.readouterr().out == expected(model, b"once", 30, temperature=0.5, top_k=4, top_p=0.9, seed=1)
+
+
+def test_every_option_reaches_the_sampler(model, capsys):
+    options = ["--temperature", "0.9", "--top-k", "40", "--top-p", "0.95", "--min-p", "0.01", "--seed", "4"]
+    options += ["--repetition-penalty", "1.3", "--repetition-window", "9", "--stop", r"\xe9", "--stop", "zz"]
+    options += ["--ban", r"\x00~", "--begin", "And ", "--valid-utf8"]
+    code = main.run(["generate", model, "--prompt", "once", "--bytes", "60", "--device", "cpu", *options])
+    settings = Sampling(
+        temperature=0.9,
+        top_k=40,
+        top_p=0.95,
+        min_p=0.01,
+        repetition_penalty=1.3,
+        repetition_window=9,
+        stop=(b"\xe9", b"zz"),
+        banned=b"\x00~",
+        forced=b"And ",
+        valid_utf8=True,
+        seed=4,
+    )
+    session = load(model, device="cpu").session()
+    session.feed(b"once")
+    assert code == 0
+    assert capsys.readouterr().out == "".join(session.generate(60, settings)) != ""
+
+
+def test_a_saved_state_is_gone_on_from(model, capsys, tmp_path):
+    generate(model, count=50)
+    whole = capsys.readouterr().out
+    generate(model, count=20, save=str(tmp_path / "a.state"))
+    assert whole.startswith(capsys.readouterr().out)
+    generate(model, prompt="", count=30, state=str(tmp_path / "a.state"), json_=True)
+    facts = json.loads(capsys.readouterr().out)
+    assert whole.endswith(facts["text"])
+    assert (facts["prompt_bytes"], facts["position_bytes"], facts["bytes"]) == (0, 54, 30)
+
+
+def test_json_says_how_it_ended(model, capsys):
+    generate(model, sampling=Sampling(forced=b"one two. "), count=20, json_=True)
+    assert json.loads(capsys.readouterr().out)["stop_reason"] == "length"
+    generate(model, sampling=Sampling(forced=b"one two. ", stop=(b". ",)), count=20, json_=True, logprobs=2)
+    facts = json.loads(capsys.readouterr().out)
+    assert (facts["text"], facts["stop_reason"], facts["stop"], facts["bytes"]) == ("one two", "stop", ". ", 9)
+    assert bytes(entry["token"][0] for entry in facts["log2_probabilities"]) == b"one two. "
+    assert all(len(entry["alternatives"]) == 2 and entry["log2"] <= 0 for entry in facts["log2_probabilities"])
+    with pytest.raises(UserError, match="--json"):
+        generate(model, logprobs=2)
+
+
+def test_a_model_of_subwords_writes_about_as_many_bytes(capsys, monkeypatch):
+    lm = opinionated_subwords()
+    monkeypatch.setattr(generate_module, "load", lambda run, device: lm)
+    generate("any", prompt="the cat", count=40, json_=True)
+    facts = json.loads(capsys.readouterr().out)
+    longest = max(len(token) for token in lm.codec.token_bytes)
+    assert 40 <= facts["bytes"] < 40 + 3 + longest
+    assert facts["prompt_bytes"] == 7
+
+
+def test_a_long_prompt_shows_how_far_it_is(model, capsys, monkeypatch):
+    monkeypatch.setattr(generate_module, "_LONG", 100_000)
+    monkeypatch.setattr(sys, "stdin", _Stdin(b"once " * 40_000))
+    generate(model, prompt="-", json_=True)
+    done = capsys.readouterr()
+    assert json.loads(done.out)["prompt_bytes"] == 200_000
+    assert "reading: 200,000 bytes" in done.err
 
 
 def test_json_is_one_document(model, capsys):

@@ -21,6 +21,7 @@ HELPS = [
     ["train", "--help"],
     ["demo", "--help"],
     ["generate", "--help"],
+    ["chat", "--help"],
     ["evaluate", "--help"],
     ["evaluate", "perplexity", "--help"],
     ["tokenizer", "--help"],
@@ -67,7 +68,7 @@ def test_every_help_shows_how_to_start(arguments, capsys):
     assert re.search(r"^  +(Start with: )?milonga ", out, re.MULTILINE)
 
 
-@pytest.mark.parametrize("arguments", [h for h in HELPS if len(h) > 1 and h[-2] not in GROUPS], ids=" ".join)
+@pytest.mark.parametrize("arguments", [h for h in HELPS if len(h) > 1 and h[-2] not in {*GROUPS, "chat"}], ids=" ".join)
 def test_every_command_with_figures_gives_json(arguments, capsys):
     main.run(arguments)
     assert "--json" in capsys.readouterr().out

@@ -1,69 +1,131 @@
 """`milonga generate`: a continuation of a prompt, on stdout as it is written."""
 
 import sys
-import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from milonga.cli import console
+from milonga.cli.sampling_options import end_at
 from milonga.errors import UserError
-from milonga.inference import load
+from milonga.inference import Generation, LanguageModel, Sampling, Session, load
 
 _BLOCK = 1 << 16
+# A prompt longer than this shows how far it has been read, in bytes.
+_LONG = 1 << 20
 
 
 def run_generate(
     run: str,
     prompt: str,
     bytes_: int,
-    temperature: float,
-    top_k: int | None,
-    top_p: float | None,
-    seed: int,
+    sampling: Sampling,
     device: str | None,
     json_: bool,
+    *,
+    state: str | None = None,
+    save: str | None = None,
+    logprobs: int | None = None,
 ) -> int:
     """Feed the prompt and write what follows: the text alone (on a terminal without control characters), or one JSON
     object.
 
-    A prompt of `-` is read from stdin, any bytes of any length; without a prompt the text begins after a line break.
+    A prompt of `-` is read from stdin, any bytes of any length; without a prompt a fresh text begins after a line
+    break.
+
+    Args:
+        run: where the model is.
+        prompt: the text to continue.
+        bytes_: to write, at most.
+        sampling: how to draw.
+        device: `cpu`, `cuda`, `cuda:N` or None.
+        json_: print one JSON object instead.
+        state: a state file to go on from.
+        save: where to save the state afterwards.
+        logprobs: with `json_`, also the log-probabilities and so many alternatives.
 
     Raises:
-        UserError: if there is no model at `run`, the prompt is not UTF-8, or a setting is out of range.
+        UserError: if there is no model at `run`, the prompt is not UTF-8, a setting is out of range, or a state file
+            cannot be read or written.
     """
-    session = load(run, device=device).session()
-    for piece in _prompt(prompt):
-        session.feed(piece)
-    read, began = session.position, time.monotonic()
-    pieces = session.generate(bytes_, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
+    if logprobs is not None and not json_:
+        raise UserError("--logprobs: are part of the JSON; give --json too")
+    lm = load(run, device=device)
+    session = lm.session(state)
+    before = session.bytes_read
+    _read(lm, session, _prompt(prompt, fresh=state is None))
+    read = session.bytes_read - before
+    generation = session.generate(bytes_, sampling, logprobs=logprobs)
     if json_:
-        text = "".join(pieces)
-        seconds = time.monotonic() - began
-        console.print_json(
-            {
-                "text": text,
-                "bytes": session.position - read,
-                "prompt_bytes": read,
-                "seed": seed,
-                "bytes_per_second": (session.position - read) / seconds if seconds > 0 else None,
-                "state_bytes": session.nbytes,
-            }
-        )
-        return 0
+        text = "".join(_ending(generation, bytes_))
+        console.print_json(_facts(session, generation, text, read))
+    else:
+        _stream(_ending(generation, bytes_))
+    if save is not None:
+        session.save(save)
+    return 0
+
+
+def _stream(pieces: Iterable[str]) -> None:
     terminal = sys.stdout.isatty()
     for piece in pieces:
         sys.stdout.write(console.harmless(piece) if terminal else piece)
         sys.stdout.flush()
     if terminal:
         sys.stdout.write("\n")
-    return 0
 
 
-def _prompt(prompt: str) -> Iterator[bytes]:
+def _ending(generation: Generation[str], bytes_: int) -> Iterator[str]:
+    for piece in generation:
+        yield piece
+        end_at(generation, bytes_)
+
+
+def _facts(session: Session, generation: Generation[str], text: str, read: int) -> dict[str, object]:
+    facts: dict[str, object] = {
+        "text": text,
+        "bytes": generation.bytes,
+        "prompt_bytes": read,
+        "position_bytes": session.bytes_read,
+        "stop_reason": generation.stop_reason,
+        "stop": generation.stop.decode(errors="backslashreplace") if generation.stop is not None else None,
+        "seed": generation.seed,
+        "bytes_per_second": generation.bytes_per_second,
+        "state_bytes": session.nbytes,
+    }
+    if generation.logprobs:
+        facts["log2_probabilities"] = [
+            {
+                "token": list(entry.token),
+                "log2": entry.log2,
+                "alternatives": [{"token": list(token), "log2": log2} for token, log2 in entry.alternatives],
+            }
+            for entry in generation.logprobs
+        ]
+    return facts
+
+
+def _read(lm: LanguageModel, session: Session, prompt: Iterator[bytes]) -> None:
+    """Feed a prompt of any length, showing how far it has been read where that takes long."""
+    parts = lm.codec.cut(prompt, _BLOCK)
+    read = 0
+    for part in parts:
+        session.feed(part)
+        read += len(part)
+        if read > _LONG:
+            break
+    else:
+        return
+    with console.progress("reading", unit="bytes", start=read) as bar:
+        for part in parts:
+            session.feed(part)
+            bar.advance(len(part))
+
+
+def _prompt(prompt: str, *, fresh: bool) -> Iterator[bytes]:
     if prompt == "-":
         yield from iter(lambda: sys.stdin.buffer.read(_BLOCK), b"")
         return
     try:
-        yield (prompt or "\n").encode()
+        yield (prompt or ("\n" if fresh else "")).encode()
     except UnicodeEncodeError as error:
         # what the shell gave and Python could not decode comes as lone surrogates
         raise UserError(

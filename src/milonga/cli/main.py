@@ -28,6 +28,22 @@ import typer
 
 from milonga import __version__
 from milonga.cli import bench
+from milonga.cli.options import (
+    Ban,
+    Begin,
+    Device,
+    Json,
+    Load,
+    MinP,
+    RepetitionPenalty,
+    RepetitionWindow,
+    Run,
+    Seed,
+    Stop,
+    Temperature,
+    TopK,
+    TopP,
+)
 
 
 def _example(command: str) -> str:
@@ -72,12 +88,6 @@ _REFUSALS = {
 
 # The base of all mistakes in options. Typer exports only this descendant, and from another package in each version.
 _UsageError = typer.BadParameter.__mro__[1]
-
-Device = Annotated[
-    str | None, typer.Option(help="cpu, cuda or cuda:N. [default: cuda where there is one, else cpu]", metavar="DEVICE")
-]
-Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
-Run = Annotated[str, typer.Argument(help="A run's folder, a checkpoint folder or a weight file.", metavar="RUN")]
 
 
 def _finish(code: int) -> NoReturn:
@@ -156,22 +166,66 @@ def generate(
     run: Run,
     prompt: Annotated[str, typer.Option(help="The text to continue; - reads it from stdin.", metavar="TEXT")] = "",
     bytes_: Annotated[int, typer.Option("--bytes", help="Bytes to write.", min=0, metavar="N")] = 200,
-    temperature: Annotated[
-        float, typer.Option(help="Below 1 safer, above 1 bolder; 0 always the likeliest.", min=0)
-    ] = 0.8,
-    top_k: Annotated[int | None, typer.Option(help="Choose among the K likeliest only.", min=1, metavar="K")] = None,
-    top_p: Annotated[
-        float | None,
-        typer.Option(help="Choose among the likeliest that have P of the probability.", max=1, metavar="P"),
+    temperature: Temperature = 0.8,
+    top_k: TopK = None,
+    top_p: TopP = None,
+    min_p: MinP = None,
+    repetition_penalty: RepetitionPenalty = 1.0,
+    repetition_window: RepetitionWindow = 64,
+    stop: Stop = None,
+    ban: Ban = "",
+    begin: Begin = "",
+    utf8: Annotated[bool, typer.Option("--valid-utf8", help="Write nothing but valid UTF-8.")] = False,
+    seed: Seed = 0,
+    load: Load = None,
+    save: Annotated[str | None, typer.Option(help="Save the state afterwards.", metavar="FILE")] = None,
+    logprobs: Annotated[
+        int | None,
+        typer.Option(help="With --json: log-probabilities of each token and its K likeliest.", min=0, metavar="K"),
     ] = None,
-    seed: Annotated[int, typer.Option(help="The same seed gives the same text.")] = 0,
     device: Device = None,
     json_: Json = False,
 ) -> None:
     """Stream a continuation of a prompt to stdout, in constant memory."""
     from milonga.cli.generate import run_generate
+    from milonga.cli.sampling_options import sampling_of
 
-    _finish(run_generate(run, prompt, bytes_, temperature, top_k, top_p, seed, device, json_))
+    sampling = sampling_of(
+        temperature, top_k, top_p, min_p, repetition_penalty, repetition_window, stop or [], ban, begin, utf8, seed
+    )
+    _finish(run_generate(run, prompt, bytes_, sampling, device, json_, state=load, save=save, logprobs=logprobs))
+
+
+@app.command(short_help="A session in the terminal.", epilog=_example("milonga chat runs/demo"))
+def chat(
+    run: Run,
+    bytes_: Annotated[int, typer.Option("--bytes", help="Bytes of a reply, at most.", min=1, metavar="N")] = 400,
+    temperature: Temperature = 0.8,
+    top_k: TopK = None,
+    top_p: TopP = None,
+    min_p: MinP = None,
+    repetition_penalty: RepetitionPenalty = 1.0,
+    repetition_window: RepetitionWindow = 64,
+    stop: Stop = None,
+    ban: Ban = "",
+    begin: Begin = "",
+    any_bytes: Annotated[bool, typer.Option("--any-bytes", help="Write bytes that are not UTF-8 too.")] = False,
+    seed: Seed = 0,
+    load: Load = None,
+    device: Device = None,
+) -> None:
+    """Write to a model and read what it makes of it; save, load, fork and rewind the session on the way.
+
+    A reply ends before an empty line, if no --stop says otherwise.
+    """
+    from milonga.cli.chat import run_chat
+    from milonga.cli.sampling_options import sampling_of
+
+    stop = [r"\n\n"] if stop is None else stop
+    sampling = sampling_of(
+        temperature, top_k, top_p, min_p, repetition_penalty, repetition_window, stop, ban, begin, not any_bytes, seed
+    )
+    _finish(run_chat(run, bytes_, sampling, load, device))
 
 
 @evaluate.command(

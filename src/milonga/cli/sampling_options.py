@@ -1,0 +1,71 @@
+"""The options of writing that commands share, as settings; and escapes in texts given on a command line."""
+
+import re
+
+from milonga.errors import UserError
+from milonga.inference import Generation, Sampling
+
+_ESCAPE = re.compile(rb"\\(x[0-9a-fA-F]{2}|.|$)", re.DOTALL)
+_LETTERS = {b"n": b"\n", b"r": b"\r", b"t": b"\t", b"\\": b"\\"}
+
+
+def unescaped(option: str, text: str) -> bytes:
+    r"""The bytes of a text in which `\n`, `\r`, `\t`, `\\` and `\xHH` may stand for bytes.
+
+    Raises:
+        UserError: naming the option, if a backslash begins something else, or the shell gave bytes that are not UTF-8.
+    """
+
+    def meant(match: re.Match[bytes]) -> bytes:
+        name = match[1]
+        if len(name) == 3:
+            return bytes([int(name[1:], 16)])
+        if name not in _LETTERS:
+            raise UserError(f"{option}: \\{name.decode(errors='replace')} is no escape; write \\n, \\t, \\xHH or \\\\")
+        return _LETTERS[name]
+
+    try:
+        return _ESCAPE.sub(meant, text.encode())
+    except UnicodeEncodeError as error:
+        raise UserError(f"{option}: character {error.start + 1} is not valid UTF-8; write bytes as \\xHH") from error
+
+
+def sampling_of(
+    temperature: float,
+    top_k: int | None,
+    top_p: float | None,
+    min_p: float | None,
+    repetition_penalty: float,
+    repetition_window: int,
+    stop: list[str],
+    ban: str,
+    begin: str,
+    valid_utf8: bool,
+    seed: int,
+) -> Sampling:
+    """The settings that the options ask for.
+
+    Raises:
+        UserError: if one is out of range.
+    """
+    if not ban.isascii():
+        raise UserError("--ban: characters outside ASCII are several bytes; name single ones as \\xHH")
+    return Sampling(
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        repetition_window=repetition_window,
+        stop=tuple(unescaped("--stop", text) for text in stop),
+        banned=unescaped("--ban", ban),
+        forced=unescaped("--begin", begin),
+        valid_utf8=valid_utf8,
+        seed=seed,
+    )
+
+
+def end_at(generation: Generation[str], bytes_: int) -> None:
+    """End a text of subwords once it has so many bytes (of bytes it ends there by itself)."""
+    if generation.bytes >= bytes_ and generation.stop_reason is None and generation.tokens < generation.bytes:
+        generation.close()
