@@ -9,19 +9,29 @@ from torch import Tensor
 from milonga.ops.decode_step import triton_kernels
 from milonga.ops.decode_step.reference import MambaWeights, Norm, ReplayInputs
 
-# Programs that one wave of a large GPU holds at least: what sums are split for.
-_WAVE = 132
-# Channels of a program that steps the recurrence.
+# Programs that share the sum of the narrow product to dt, B and C, at most.
+_SPLITS = 8
+# Channels and rows of a program that steps the recurrence.
 _CHANNELS = 32
+_ROWS = 4
 
 
 class Tile(NamedTuple):
-    """Features and summed width of a program's turn, its warps, and the turns whose loads are in flight together."""
+    """How a program walks its share of a weight.
+
+    Features a program; groups of warps that share the sum, and the width each takes at a turn; turns whose weights are
+    read before the input is there; warps; turns whose loads are in flight together after that.
+    """
 
     features: int
+    groups: int
     width: int
+    held: int
     warps: int
     stages: int
+
+
+_NARROW = Tile(16, 4, 64, 2, 4, 2)  # of that narrow product
 
 
 @cache
@@ -35,20 +45,29 @@ def _pdl(x: Tensor) -> dict[str, bool]:
     return {"PDL": True, "launch_pdl": True} if x.is_cuda and dependent_launch(x.device.index or 0) else {"PDL": False}
 
 
-def tile(features: int, width: int, element: int) -> Tile:
-    """The tile of a product with a weight `[features, width]`. It does not depend on the batch, nor on a measurement.
+def tile(features: int, width: int, element: int, *, gated: bool = False) -> Tile:
+    """The tile of a product with a weight `[features, width]`. It depends neither on the batch nor on a measurement.
 
-    Measured on an H100 (docs/performance.md).
+    On an H100 all programs are resident at once for the widths of large models, and as much of a weight as its shared
+    memory takes is on its way before the input is there.
     """
-    deep = 256 if width >= 256 and element <= 2 else 128 if width >= 128 else max(16, 1 << (width - 1).bit_length())
-    deep = min(deep, 128) if element > 2 else deep
-    if features >= 4 * _WAVE * 16:
-        return Tile(32, min(deep, 128), 4, 4)
-    return Tile(16, deep, 4, 4)
+    if element > 2:  # no tensor cores: correct, not tuned
+        return Tile(16, 2, 32, 0, 4, 2)
+    if gated:
+        return Tile(16, 4, 64, 2, 4, 3)
+    if features >= 4096:  # the input is read by half as many programs
+        return Tile(32, 4, 64, 4, 8, 3)
+    return Tile(16, 8, 64, 7, 8, 2) if width % 512 == 0 else Tile(16, 4, 64, 4, 4, 3)
 
 
 def _power(n: int) -> int:
     return 1 << (max(n, 1) - 1).bit_length()
+
+
+def _share(turns: int) -> int:
+    """Turns of each of at most `_SPLITS` programs, the same for all of them where that can be."""
+    least = -(-turns // _SPLITS)
+    return next((share for share in range(least, 2 * least + 1) if turns % share == 0), least)
 
 
 def _product(
@@ -71,12 +90,14 @@ def _product(
     rows = min(64, max(16, _power(batch)))
     conv_weight, conv_bias, conv_state = conv or (weight, weight, weight)
     grid = (-(-features // shape.features), splits, -(-batch // rows))
+    turn = shape.groups * shape.width
+    pieces = -(-span // turn)
     triton_kernels.skinny[grid](
         x, weight, x if residual is None else residual, out, conv_weight, conv_bias, conv_state,
-        batch, features, width, span, x.stride(0), FB=shape.features, KB=shape.width, BB=rows,
-        LINES=min(32, _power(-(-span * weight.element_size() // 128))), W=conv_weight.shape[1] if conv else 1,
-        GATED=gated, CONV=conv is not None, RESIDUAL=residual is not None, SPLIT=splits > 1, PRECISION="ieee",
-        EVEN=span % shape.width == 0 and width % span == 0, num_warps=shape.warps, num_stages=shape.stages, **_pdl(x),
+        batch, features, width, span, x.stride(0), FB=shape.features, KB=shape.width, G=shape.groups, BB=rows,
+        HELD=min(shape.held, pieces), PIECES=pieces, W=conv_weight.shape[1] if conv else 1, GATED=gated,
+        CONV=conv is not None, RESIDUAL=residual is not None, SPLIT=splits > 1,
+        EVEN=span % turn == 0 and width % span == 0, num_warps=shape.warps, num_stages=shape.stages, **_pdl(x),
     )  # fmt: skip
 
 
@@ -103,7 +124,8 @@ def swiglu_step(x: Tensor, norm: Norm, gate_up: Tensor, down: Tensor) -> Tensor:
     """As `milonga.ops.decode_step.swiglu_step`."""
     hidden = down.shape[1]
     between = torch.empty(x.shape[0], hidden, dtype=x.dtype, device=x.device)
-    _product(normalised(x, norm), gate_up, between, hidden, tile(hidden, x.shape[1], x.element_size()), gated=True)
+    shape = tile(hidden, x.shape[1], x.element_size(), gated=True)
+    _product(normalised(x, norm), gate_up, between, hidden, shape, gated=True)
     return linear_step(between, down, None, x, x.dtype)
 
 
@@ -119,18 +141,21 @@ def mamba_step_(x: Tensor, norm: Norm, weights: MambaWeights, conv: Tensor, ssm:
     _product(
         normalised(x, norm), weights.in_proj, xz, 2 * inner, shape, conv=(weights.conv_weight, weights.conv_bias, conv)
     )
-    shape = tile(wide, inner, x.element_size())
-    wanted = max(1, _WAVE // -(-wide // shape.features))
-    span = -(-inner // (wanted * shape.width)) * shape.width
+    shape = shape if x.element_size() > 2 else _NARROW
+    turn = shape.groups * shape.width
+    span = turn * _share(-(-inner // turn))
     splits = -(-inner // span)
     low = torch.empty(splits, batch, wide, dtype=torch.float32, device=device)
     _product(xz[:, :inner], weights.x_proj, low, wide, shape, span=span)
     y = torch.empty(batch, inner, dtype=x.dtype, device=device)
-    rows = 1 if batch <= 2 else 4
+    padded = _power(states)
+    rows = 1 if batch < _ROWS else max(1, min(_ROWS, 64 // padded))
+    # of a large batch all programs are resident at once with so many registers
+    crowded = {"maxnreg": 128} if x.is_cuda and padded <= 16 else {}
     triton_kernels.ssm_step[(-(-inner // _CHANNELS), -(-batch // rows))](
-        xz, low, weights.dt_proj, weights.dt_bias, weights.A_log, weights.D, ssm, y, batch, inner, rank, splits,
-        STATES=states, N=_power(states), RB=_power(rank), SB=_power(splits), CH=_CHANNELS, BB=rows, num_warps=4,
-        **_pdl(x),
+        xz, low, weights.dt_proj, weights.dt_bias, weights.A_log, weights.D, ssm, y, batch, inner, rank,
+        SPLITS=splits, STATES=states, N=padded, RB=_power(rank), CH=_CHANNELS, BB=rows, num_warps=4,
+        **crowded, **_pdl(x),
     )  # fmt: skip
     return linear_step(y, weights.out_proj, None, x, x.dtype)
 

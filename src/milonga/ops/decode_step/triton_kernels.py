@@ -1,8 +1,8 @@
 """Triton kernels of one decoded step: few rows, every weight read once, so the time is that of the weights' bytes.
 
 A step is a chain of short kernels, each waiting for the one before. With PDL (programmatic dependent launch) a kernel
-is already resident while the one before it runs: it brings the weights that it will need into the L2 cache, which
-depend on nothing, and only then waits for its input. Every kernel lets its successor start at once, and touches memory
+is already resident while the one before it runs: it reads the first weights that it will need, which depend on nothing,
+and only then waits for its input. Every kernel lets its successor start at once, and touches memory
 that others write only after `gdc_wait`, which returns when the kernel before is complete, and so all before that.
 
 Letters: B rows, F features, K the width that a product sums over, E inner width, N states, R rank of dt, W conv width.
@@ -13,34 +13,10 @@ import triton.language as tl
 
 from milonga.ops.selective_scan.triton_kernels import LOG2_E, exp_of_minus, step_size
 
-LINE: tl.constexpr = tl.constexpr(128)  # bytes of a cache line
-
 
 @triton.jit
 def silu(v):
     return v / (1.0 + exp_of_minus(v))
-
-
-@triton.jit
-def prefetch(pointers):
-    """Ask for the cache lines of these addresses to be brought into L2; nothing waits for them."""
-    tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.u32 $0, 0;",
-        "=r,l",
-        [pointers.to(tl.int64)],
-        dtype=tl.int32,
-        is_pure=False,
-        pack=1,
-    )
-
-
-@triton.jit
-def prefetch_rows(weight, f, features, row_bytes, first, last, LINES: tl.constexpr):
-    """The bytes first..last of the rows f of a row-major weight."""
-    rows = weight.to(tl.pointer_type(tl.uint8)) + tl.minimum(f, features - 1).to(tl.int64)[:, None] * row_bytes
-    line = tl.arange(0, LINES)[None, :] * LINE
-    for start in range(first, last, LINES * LINE):
-        prefetch(rows + tl.minimum(start + line, last - 1))
 
 
 @triton.jit
@@ -67,33 +43,58 @@ def normalise(
 
 
 @triton.jit
-def product(
-    x, x_step, weight, B, K, f, b, features, first, last,
-    KB: tl.constexpr, PRECISION: tl.constexpr, EVEN: tl.constexpr,
-):  # fmt: skip
-    """Rows f of the weight times the rows b of x, over first..last of K: -> `[f, b]`, fp32."""
-    k = tl.arange(0, KB)
-    acc = tl.zeros([f.shape[0], b.shape[0]], tl.float32)
-    rows = weight + f.to(tl.int64)[:, None] * K
-    columns = x + b.to(tl.int64)[None, :] * x_step
-    for start in range(first, last, KB):
-        at = start + k
-        if EVEN:
-            w = tl.load(rows + at[None, :], mask=(f < features)[:, None], other=0.0)
-            v = tl.load(columns + at[:, None], mask=(b < B)[None, :], other=0.0)
-        else:
-            w = tl.load(rows + at[None, :], mask=(f < features)[:, None] & (at < last)[None, :], other=0.0)
-            v = tl.load(columns + at[:, None], mask=(b < B)[None, :] & (at < last)[:, None], other=0.0)
-        acc = tl.dot(w, v, acc, input_precision=PRECISION)
-    return acc
+def weights_at(weight, K, f, features, at, last, EVEN: tl.constexpr):
+    """Rows f of a row-major weight, columns `at [G, KB]`: -> `[G, f, KB]`."""
+    inside = (f < features)[None, :, None]
+    if not EVEN:
+        inside = inside & (at < last)[:, None, :]
+    return tl.load(weight + f.to(tl.int64)[None, :, None] * K + at[:, None, :], mask=inside, other=0.0)
 
 
 @triton.jit
+def hold(weight, K, f, features, at, last, step, HELD: tl.constexpr, EVEN: tl.constexpr):
+    """The first HELD pieces of the rows f: on their way before the input is there."""
+    pieces = ()
+    for j in tl.static_range(HELD):
+        pieces = pieces + (weights_at(weight, K, f, features, at + j * step, last, EVEN),)
+    return pieces
+
+
+@triton.jit
+def inputs_at(x, x_step, b, B, at, last, EVEN: tl.constexpr):
+    """Rows b of x, columns `at [G, KB]`: -> `[G, KB, b]`."""
+    inside = (b < B)[None, None, :]
+    if not EVEN:
+        inside = inside & (at < last)[:, :, None]
+    return tl.load(x + b.to(tl.int64)[None, None, :] * x_step + at[:, :, None], mask=inside, other=0.0)
+
+
+@triton.jit
+def product(
+    held, x, x_step, weight, B, K, f, b, features, at, last, step,
+    HELD: tl.constexpr, PIECES: tl.constexpr, EVEN: tl.constexpr,
+):  # fmt: skip
+    """Rows f of the weight times the rows b of x, over `at`, `at + step`, ...: -> `[f, b]`, fp32.
+
+    The sum is taken in G parts, one for each group of warps, and these are added at the end.
+    """
+    acc = tl.zeros([at.shape[0], f.shape[0], b.shape[0]], tl.float32)
+    for j in tl.static_range(HELD):
+        v = inputs_at(x, x_step, b, B, at + j * step, last, EVEN)
+        acc = tl.dot(held[j], v, acc, input_precision="ieee")
+    for j in range(HELD, PIECES):
+        w = weights_at(weight, K, f, features, at + j * step, last, EVEN)
+        v = inputs_at(x, x_step, b, B, at + j * step, last, EVEN)
+        acc = tl.dot(w, v, acc, input_precision="ieee")
+    return tl.sum(acc, 0)
+
+
+@triton.jit(do_not_specialize=["B"])
 def skinny(
     x, weight, residual, out, conv_weight, conv_bias, conv_state, B, F, K, span, x_step,
-    FB: tl.constexpr, KB: tl.constexpr, BB: tl.constexpr, LINES: tl.constexpr, W: tl.constexpr,
-    GATED: tl.constexpr, CONV: tl.constexpr, RESIDUAL: tl.constexpr, SPLIT: tl.constexpr,
-    PRECISION: tl.constexpr, EVEN: tl.constexpr, PDL: tl.constexpr,
+    FB: tl.constexpr, KB: tl.constexpr, G: tl.constexpr, BB: tl.constexpr, HELD: tl.constexpr, PIECES: tl.constexpr,
+    W: tl.constexpr, GATED: tl.constexpr, CONV: tl.constexpr, RESIDUAL: tl.constexpr, SPLIT: tl.constexpr,
+    EVEN: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """`x [B K] @ weight [F K]^T`, a tile of FB features a program; `span` of K where the sum is SPLIT over programs.
 
@@ -105,18 +106,20 @@ def skinny(
     first = tl.program_id(1) * span
     last = tl.minimum(first + span, K)
     b = tl.program_id(2) * BB + tl.arange(0, BB)
-    element = weight.dtype.element_ty.primitive_bitwidth // 8
+    columns = first + tl.arange(0, G)[:, None] * KB + tl.arange(0, KB)[None, :]
+    second = weight + F.to(tl.int64) * K
+    held = hold(weight, K, f, F, columns, last, G * KB, HELD, EVEN)
+    gate = ()
+    if GATED:
+        gate = hold(second, K, f, F, columns, last, G * KB, HELD, EVEN)
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
-        prefetch_rows(weight, f, F, K * element, first * element, last * element, LINES)
-        if GATED:
-            prefetch_rows(weight, f + F, 2 * F, K * element, first * element, last * element, LINES)
         tl.extra.cuda.gdc_wait()
-    acc = product(x, x_step, weight, B, K, f, b, F, first, last, KB, PRECISION, EVEN)
+    acc = product(held, x, x_step, weight, B, K, f, b, F, columns, last, G * KB, HELD, PIECES, EVEN)
     live = (f < F)[:, None] & (b < B)[None, :]
     at = b.to(tl.int64)[None, :] * F + f[:, None]
     if GATED:
-        up = product(x, x_step, weight + F.to(tl.int64) * K, B, K, f, b, F, first, last, KB, PRECISION, EVEN)
+        up = product(gate, x, x_step, second, B, K, f, b, F, columns, last, G * KB, HELD, PIECES, EVEN)
         dtype = x.dtype.element_ty
         acc = silu(acc.to(dtype).to(tl.float32)) * up.to(dtype).to(tl.float32)
     if CONV:
@@ -143,25 +146,25 @@ def skinny(
     tl.store(out + at, acc.to(out.dtype.element_ty), mask=live)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["B"])
 def ssm_step(
-    xz, low, dt_weight, dt_bias, A_log, D, state, y, B, E, R, splits,
-    STATES: tl.constexpr, N: tl.constexpr, RB: tl.constexpr, SB: tl.constexpr, CH: tl.constexpr, BB: tl.constexpr,
+    xz, low, dt_weight, dt_bias, A_log, D, state, y, B, E, R,
+    SPLITS: tl.constexpr, STATES: tl.constexpr, N: tl.constexpr, RB: tl.constexpr, CH: tl.constexpr, BB: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
     """dt's projection, one step of the recurrence in place, D and the gate, for CH channels of BB rows.
 
     xz `[B 2E]`: the convolved input and the gate; low `[splits B R+2N]`: partial sums of dt's low rank, B and C.
+    Everything is read before anything is computed: a chain of short waits would take longer than the bytes.
     """
     e = tl.program_id(0) * CH + tl.arange(0, CH)
     r = tl.arange(0, RB)
     n = tl.arange(0, N)
-    s = tl.arange(0, SB)
+    i = tl.arange(0, BB)
     live = e < E
+    w = tl.load(dt_weight + e.to(tl.int64)[:, None] * R + r[None, :], mask=live[:, None] & (r < R)[None, :], other=0.0)
     tile = e.to(tl.int64)[:, None] * STATES + n[None, :]
     here = live[:, None] & (n < STATES)[None, :]
-    w = tl.load(dt_weight + e.to(tl.int64)[:, None] * R + r[None, :], mask=live[:, None] & (r < R)[None, :], other=0.0)
-    w = w.to(tl.float32)
     a = -tl.exp2(tl.load(A_log + tile, mask=here, other=0.0) * LOG2_E) * LOG2_E
     bias = tl.load(dt_bias + e, mask=live, other=0.0)
     skip = tl.load(D + e, mask=live, other=0.0)
@@ -169,25 +172,40 @@ def ssm_step(
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
     wide = R + 2 * STATES
+    first = (tl.program_id(1) * BB).to(tl.int64)
+    b = first + i
+    rows = b < B
+    states = state + b[:, None, None] * E * STATES + tile[None, :, :]
+    h = tl.load(states, mask=rows[:, None, None] & here[None, :, :], other=0.0)
+    both = rows[:, None] & live[None, :]
+    u = tl.load(xz + b[:, None] * 2 * E + e[None, :], mask=both, other=0.0).to(tl.float32)
+    z = tl.load(xz + b[:, None] * 2 * E + E + e[None, :], mask=both, other=0.0).to(tl.float32)
+    into = tl.zeros([BB, N], tl.float32)
+    outof = tl.zeros([BB, N], tl.float32)
+    some = rows[:, None] & (n < STATES)[None, :]
+    for s in tl.static_range(SPLITS):
+        part = low + (s * B + b)[:, None] * wide + R + n[None, :]
+        into += tl.load(part, mask=some, other=0.0)
+        outof += tl.load(part + STATES, mask=some, other=0.0)
+    ranks = ()
+    for j in tl.static_range(BB):
+        rank = tl.zeros([RB], tl.float32)
+        for s in tl.static_range(SPLITS):
+            part = low + (s * B + first + j) * wide + r
+            rank += tl.load(part, mask=(first + j < B) & (r < R), other=0.0)
+        ranks = ranks + (rank,)
+    # rounded where the network's own step rounds
     dtype = y.dtype.element_ty
-    for i in tl.static_range(BB):
-        b = (tl.program_id(1) * BB + i).to(tl.int64)
-        ok = b < B
-        parts = low + (s.to(tl.int64)[:, None] * B + b) * wide
-        some = ok & (s < splits)[:, None]
-        rank = tl.sum(tl.load(parts + r[None, :], mask=some & (r < R)[None, :], other=0.0), 0)
-        into = tl.sum(tl.load(parts + R + n[None, :], mask=some & (n < STATES)[None, :], other=0.0), 0)
-        outof = tl.sum(tl.load(parts + R + STATES + n[None, :], mask=some & (n < STATES)[None, :], other=0.0), 0)
-        # rounded where the network's own step rounds
-        rank, into, outof = rank.to(dtype).to(tl.float32), into.to(dtype).to(tl.float32), outof.to(dtype).to(tl.float32)
-        u = tl.load(xz + b * 2 * E + e, mask=ok & live, other=0.0).to(tl.float32)
-        z = tl.load(xz + b * 2 * E + E + e, mask=ok & live, other=0.0).to(tl.float32)
-        h = tl.load(state + b * E * STATES + tile, mask=ok & here, other=0.0)
-        delta = step_size(tl.sum(w * rank[None, :], 1).to(dtype), bias, live)
-        h = tl.exp2(delta[:, None] * a) * h + (delta * u)[:, None] * into[None, :]
-        tl.store(state + b * E * STATES + tile, h, mask=ok & here)
-        v = (tl.sum(h * outof[None, :], 1) + skip * u) * silu(z)
-        tl.store(y + b * E + e, v.to(dtype), mask=ok & live)
+    into, outof = into.to(dtype).to(tl.float32), outof.to(dtype).to(tl.float32)
+    dt = tl.zeros([BB, CH], tl.float32)
+    for j in tl.static_range(BB):
+        one = tl.sum(w.to(tl.float32) * ranks[j].to(dtype).to(tl.float32)[None, :], 1)
+        dt = tl.where((i == j)[:, None], one[None, :], dt)
+    delta = step_size(dt.to(dtype), bias[None, :], live[None, :])
+    h = tl.exp2(delta[:, :, None] * a[None, :, :]) * h + (delta * u)[:, :, None] * into[:, None, :]
+    tl.store(states, h, mask=rows[:, None, None] & here[None, :, :])
+    v = (tl.sum(h * outof[:, None, :], 2) + skip[None, :] * u) * silu(z)
+    tl.store(y + b[:, None] * E + e[None, :], v.to(dtype), mask=both)
 
 
 @triton.jit
