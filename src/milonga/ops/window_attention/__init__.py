@@ -23,6 +23,7 @@ def window_attention(
     position: Tensor | None = None,
     segments: Segments | None = None,
     scale: float | None = None,
+    deterministic: bool = True,
     backend: str = "auto",
 ) -> Tensor:
     """`softmax(scale * q k^T) v` over the keys each query may see.
@@ -44,6 +45,8 @@ def window_attention(
         position: int64 `[S]`, how many keys each sequence had before this piece.
         segments: with a packed batch `[1, T]`, where its S sequences start; S = B without.
         scale: factor of the scores; None for 1 / sqrt(K).
+        deterministic: False lets a GPU take gradients with a library whose sums have no fixed order, where that is
+            faster (docs/performance.md says how much); the same bits on every run otherwise.
         backend: `auto`, `reference`, `cpu` or `triton`.
 
     Returns:
@@ -52,7 +55,7 @@ def window_attention(
 
     Raises:
         ValueError: if the shapes or dtypes do not fit, the window is below 1, the ring no longer holds keys that the
-            window reaches (not checked under a compiler, nor by the reference on a GPU), or the backend cannot run.
+            window reaches (not checked under a compiler, nor on a GPU), or the backend cannot run.
 
     Source: Beltagy, Peters and Cohan, "Longformer" (2020), section 3.1, causal; the blockwise softmax of the kernels is
     that of Dao, "FlashAttention-2" (2023).
@@ -68,7 +71,7 @@ def window_attention(
         )
     offsets = None if segments is None else segments.on(q.device)
     factor = q.shape[-1] ** -0.5 if scale is None else scale
-    return window_attention_op(q, k, v, past_k, past_v, position, offsets, window, factor)[0]
+    return window_attention_op(q, k, v, past_k, past_v, position, offsets, window, factor, deterministic)[0]
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, window: int | None, segments: Segments | None) -> None:

@@ -19,6 +19,7 @@ def window_attention_op(
     offsets: Tensor | None,
     window: int | None,
     scale: float,
+    deterministic: bool,
 ) -> tuple[Tensor, Tensor]:
     """-> (y `[B T H V]`; what the backward pass needs of each query's softmax, fp32 `[2 B T H]`, different per device).
 
@@ -38,6 +39,7 @@ def _(
     offsets: Tensor | None,
     window: int | None,
     scale: float,
+    deterministic: bool,
 ) -> tuple[Tensor, Tensor]:
     return kernels("window_attention", "triton").forward(q, k, v, past_k, past_v, position, offsets, window, scale)
 
@@ -53,6 +55,7 @@ def _(
     offsets: Tensor | None,
     window: int | None,
     scale: float,
+    deterministic: bool,
 ) -> tuple[Tensor, Tensor]:
     y = q.new_empty(*q.shape[:3], v.shape[3])
     return y, q.new_empty(2, *q.shape[:3], dtype=torch.float32)
@@ -70,6 +73,7 @@ def window_attention_backward_op(
     offsets: Tensor | None,
     window: int | None,
     scale: float,
+    deterministic: bool,
     y: Tensor,
     stats: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -91,11 +95,12 @@ def _(
     offsets: Tensor | None,
     window: int | None,
     scale: float,
+    deterministic: bool,
     y: Tensor,
     stats: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     return kernels("window_attention", "triton").backward(
-        grad, q, k, v, past_k, past_v, position, offsets, window, scale, y, stats
+        grad, q, k, v, past_k, past_v, position, offsets, window, scale, y, stats, deterministic
     )
 
 
@@ -111,6 +116,7 @@ def _(
     offsets: Tensor | None,
     window: int | None,
     scale: float,
+    deterministic: bool,
     y: Tensor,
     stats: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -122,15 +128,15 @@ def _(
 
 
 def _setup(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, past_k, past_v, position, offsets, ctx.window, ctx.scale = inputs
+    q, k, v, past_k, past_v, position, offsets, ctx.window, ctx.scale, ctx.deterministic = inputs
     ctx.save_for_backward(q, k, v, past_k, past_v, position, offsets, *output)
 
 
 def _backward(ctx: Any, grad: Tensor, *_: Tensor | None) -> tuple:
     *inputs, y, stats = ctx.saved_tensors
-    gradients = window_attention_backward_op(grad, *inputs, ctx.window, ctx.scale, y, stats)
+    gradients = window_attention_backward_op(grad, *inputs, ctx.window, ctx.scale, ctx.deterministic, y, stats)
     past = (None, None) if inputs[3] is None else gradients[3:]
-    return *gradients[:3], *past, None, None, None, None
+    return *gradients[:3], *past, None, None, None, None, None
 
 
 window_attention_op.register_autograd(_backward, setup_context=_setup)

@@ -1,8 +1,9 @@
 """`window_attention` on a GPU: the choice of kernel and of blocks, and launches.
 
 Three ways, chosen in `_way` and measured in docs/performance.md: few steps after a past are decoded (`triton_decode`),
-causal attention over everything in half precision goes to cuDNN where the GPU is a Hopper or later, and all else,
-windows, packed sequences, rings and fp32 among it, takes the kernels of `triton_kernels`.
+causal attention over everything in half precision goes forward in cuDNN where the GPU is a Hopper or later (and
+backward too if the order of sums may vary), and all else, windows, packed sequences, rings and fp32 among it, takes the
+kernels of `triton_kernels`.
 """
 
 from functools import cache
@@ -64,13 +65,9 @@ def _padded(width: int) -> int:
     return max(16, 1 << (width - 1).bit_length())
 
 
-def _steps_first(tensor: Tensor | None) -> Tensor | None:
+def _steps_first(tensor: Tensor) -> Tensor:
     """The same with the width contiguous, as the kernels read it."""
-    return tensor if tensor is None or tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
-
-
-def _strides(tensor: Tensor | None) -> tuple[int, int, int]:
-    return (0, 0, 0) if tensor is None else tensor.stride()[:3]
+    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
 
 
 class _Plan:
@@ -98,8 +95,10 @@ class _Plan:
         self.negative = scale < 0
         self.scale = abs(scale)
         q = self.signed(q)
-        self.q, self.k, self.v, past_k, past_v = (_steps_first(t) for t in (q, k, v, past_k, past_v))
-        self.past_k, self.past_v = (past_k, past_v) if self.past else (self.k, self.v)
+        self.q, self.k, self.v = _steps_first(q), _steps_first(k), _steps_first(v)
+        # what is absent needs some tensor in its place
+        self.past_k = self.k if past_k is None else _steps_first(past_k)
+        self.past_v = self.v if past_v is None else _steps_first(past_v)
         self.position = self.k if position is None or not self.past else position
         self.bounds = self.k if offsets is None else offsets
         self.window = NO_WINDOW if window is None else min(window, NO_WINDOW)
@@ -116,7 +115,7 @@ class _Plan:
         return -queries if self.negative else queries
 
     def strides(self, *tensors: Tensor) -> tuple[int, ...]:
-        return tuple(step for tensor in tensors for step in _strides(tensor))
+        return tuple(step for tensor in tensors for step in tensor.stride()[:3])
 
     def grid(self, steps: int, heads: int) -> tuple[int, int, int]:
         """Programs of `steps` steps and a head each; where sequences are packed, each may have one that is empty."""
@@ -235,6 +234,7 @@ def backward(
     scale: float,
     y: Tensor,
     stats: Tensor,
+    deterministic: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Kernel of `milonga::window_attention_backward` on a GPU: as on the CPU."""
     plan = _Plan(q, k, v, past_k, past_v, position, offsets, window, scale)
@@ -243,7 +243,7 @@ def backward(
         own.new_zeros(0, 0, *own.shape[2:]) if past is None else torch.zeros_like(past).contiguous()
         for own, past in ((k, past_k), (v, past_v))
     ]
-    if not plan.empty and _way(plan, window) == "library" and not torch.are_deterministic_algorithms_enabled():
+    if not plan.empty and _way(plan, window) == "library" and not deterministic:
         grads = _library_backward(plan, _steps_first(grad), y, stats)
         return plan.signed(grads[0]), grads[1], grads[2], past_grads[0], past_grads[1]
     grads = [torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v)]

@@ -17,7 +17,6 @@ import triton
 import triton.language as tl
 
 MINUS = tl.constexpr(float("-inf"))
-PIN = tl.constexpr(not triton.knobs.runtime.interpret)  # the interpreter knows no assembly
 # sizes that may take any value without being compiled for
 FREE = ("T", "sequences", "window", "P", "heads")
 
@@ -252,18 +251,6 @@ def attention_dots(
 
 
 @triton.jit
-def pinned(x):
-    """x, which the compiler must have before it goes on.
-
-    Left to itself it keeps the last product of a turn in flight into the next; ptxas then finds other instructions that
-    write accumulators meanwhile, and makes every product of the kernel wait for the one before.
-    """
-    if PIN:
-        return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], dtype=tl.float32, is_pure=True, pack=1)
-    return x
-
-
-@triton.jit
 def key_slopes(
     grad_k, grad_v, k_tile, v_tile, q_base, g_base, stats, dots, row, t0, n, held, steps, window, scale, q_step,
     g_step, rows, k_at, v_at,
@@ -282,15 +269,15 @@ def key_slopes(
         dot = tl.load(dots + t)
     scores = tl.dot(k_tile, tl.trans(q), input_precision=PRECISION)
     shares = tl.exp2(scores * scale - logarithm[None, :])
+    seen = visible(t[None, :], n[:, None], held, steps, window)
     if MASK:
-        seen = visible(t[None, :], n[:, None], held, steps, window)
         shares = tl.where(seen, shares, 0.0)
     grad_v = tl.dot(shares.to(g.dtype), g, grad_v, input_precision=PRECISION)
     slopes = shares * (tl.dot(v_tile, tl.trans(g), input_precision=PRECISION) - dot[None, :])
     if MASK:
         slopes = tl.where(seen, slopes, 0.0)
     grad_k = tl.dot(slopes.to(q.dtype), q, grad_k, input_precision=PRECISION)
-    return pinned(grad_k), pinned(grad_v)
+    return grad_k, grad_v
 
 
 @triton.jit(do_not_specialize=FREE)
@@ -359,7 +346,7 @@ def attention_backward_keys(
         q_base = q + row * q_row + h * q_head
         g_base = grad + row * g_row + h * g_head
         line = (row * heads + h) * T + first_row
-        for i in tl.range(cut + rest, num_stages=1):
+        for i in range(cut + rest):
             t0 = tl.where(i < cut, first + i * BM, edge + (i - cut) * BM)
             sum_k, sum_v = key_slopes(
                 sum_k, sum_v, k_tile, v_tile, q_base, g_base, stats + line, dots + line, first_row, t0, at, held, steps,
@@ -388,7 +375,7 @@ def query_slopes(acc, q, g, k, v, logarithm, dot, seen, scale, MASK: tl.constexp
     slopes = shares * (tl.dot(g, tl.trans(v), input_precision=PRECISION) - dot[:, None])
     if MASK:
         slopes = tl.where(seen, slopes, 0.0)
-    return pinned(tl.dot(slopes.to(k.dtype), k, acc, input_precision=PRECISION))
+    return tl.dot(slopes.to(k.dtype), k, acc, input_precision=PRECISION)
 
 
 @triton.jit(do_not_specialize=FREE)
@@ -435,7 +422,7 @@ def attention_backward_queries(
             acc = query_slopes(acc, q_tile, g_tile, k_tile, v_tile, logarithm, dot, seen, scale, True, PRECISION)
     first, whole, edge, end = ends_of_queries(t0, steps, window, BM, BN)
     cut = (tl.minimum(whole, end) - first + BN - 1) // BN
-    for i in tl.range(cut + (tl.maximum(end - edge, 0) + BN - 1) // BN, num_stages=1):
+    for i in range(cut + (tl.maximum(end - edge, 0) + BN - 1) // BN):
         n = tl.where(i < cut, first + i * BN, edge + (i - cut) * BN)
         k_tile = key_tile(k_base, cols, held, head, P, steps, k_step, first_row, n, k_at, WK, K, True, False)
         v_tile = key_tile(v_base, cols, held, head, P, steps, v_step, first_row, n, v_at, WV, V, True, False)
