@@ -93,7 +93,7 @@ def child(part: str, device_name: str, dtype_name: str, compile_: bool) -> dict[
 
 
 def _process(part: str, device: torch.device, dtype: str, compile_: bool, folder: Path) -> dict[str, Any]:
-    """-> {"extra": {what: seconds}, "process": seconds of the whole process}"""
+    """-> extra: {what: seconds}, process: seconds of the whole process, files: in the caches after it."""
     places = {name: str(folder / name.lower()) for name in CACHES}
     options = [part, str(device), dtype, str(int(compile_))]
     began = time.perf_counter()
@@ -107,7 +107,9 @@ def _process(part: str, device: torch.device, dtype: str, compile_: bool, folder
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
         raise UserError(f"first-use: the process that ran {part} failed: {last}")
-    return {"extra": json.loads(done.stdout.splitlines()[-1]), "process": time.perf_counter() - began}
+    took = time.perf_counter() - began
+    files = sum(path.is_file() for path in folder.rglob("*"))
+    return {"extra": json.loads(done.stdout.splitlines()[-1]), "process": took, "files": files}
 
 
 def bench_first_use(
@@ -128,9 +130,8 @@ def bench_first_use(
                 for what, extra in got["extra"].items():
                     rows.append({"part": part, "what": what, "caches": caches, "seconds": extra})
                 total = sum(got["extra"].values())
-                rows.append(
-                    {"part": part, "what": "all", "caches": caches, "seconds": total, "process_seconds": got["process"]}
-                )
+                whole = {"process_seconds": got["process"], "cache_files": got["files"]}
+                rows.append({"part": part, "what": "all", "caches": caches, "seconds": total} | whole)
     progress(2 * len(parts), 2 * len(parts), "")
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
     return BenchResult(

@@ -1,0 +1,73 @@
+"""Training steps, timed on a tiny model."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from milonga.bench import bench_train
+from milonga.bench.demands import TRAIN
+from milonga.bench.models import training_shape, training_shapes
+from milonga.bench.train import TrainRow, counted_flops, figures_of
+from milonga.models.accounting import flops_per_token
+
+CPU = torch.device("cpu")
+TINY = replace(training_shape("byte-samba-small"), batch=2, length=16)
+
+
+def test_a_step_is_timed_beside_its_products():
+    seen = []
+    result = bench_train(
+        [TINY], CPU, "fp32", compile_=False, budget=0.05, progress=lambda done, total, what: seen.append((done, what))
+    )
+    (row,) = result.rows
+    assert row["tokens_per_second"] == pytest.approx(32 / row["step_ms"] * 1e3)
+    assert row["fraction"] == pytest.approx(row["floor_ms"] / row["step_ms"])
+    assert 0 < row["utilisation_6nd"] < row["utilisation_counted"], "6ND leaves attention and scan out"
+    assert row["steps"] >= 3
+    assert 0 < row["loss"] < 8
+    assert row["parameters"] == 412_032
+    assert any("compiled" in what for _, what in seen)
+    assert seen[-1][0] == 1
+    json.dumps(result.to_json("milonga bench train"), allow_nan=False)
+
+
+def test_arithmetic_is_averaged_over_the_positions_of_a_row():
+    exact = sum(flops_per_token(TINY.config, place, training=True) for place in range(16)) / 16
+    assert counted_flops(TINY) == pytest.approx(32 * exact, rel=1e-3)
+
+
+def trained(name, rate, gib):
+    shape = training_shapes()[name]
+    return TrainRow(
+        shape=shape,
+        precision="bf16",
+        compiled=True,
+        parameters=1,
+        seconds=shape.batch * shape.length / rate,
+        spread=0.0,
+        steps=9,
+        first=1.0,
+        peak_bytes=int(gib * 2**30),
+        flops_6nd=1.0,
+        flops_counted=1.0,
+        floor=0.1,
+        product_rate=1.0,
+        loss=1.0,
+    )
+
+
+def test_rates_and_memory_are_judged_on_the_chip_they_are_asked_of():
+    rows = [trained("samba-421m", 160_000, 30.0)]
+    rate, memory = figures_of(rows, "NVIDIA H100 80GB HBM3")
+    assert (rate.demanded, rate.aim, rate.met, rate.unit) == (155_000, 175_000, True, "tokens/s")
+    assert (memory.demanded, memory.met, memory.unit) == (27.8, False, "GiB")
+    assert all(figure.demanded is None for figure in figures_of(rows, "Another GPU"))
+    (byte_rate, _) = figures_of([trained("byte-samba-30m", 2e6, 1)], None)
+    assert byte_rate.unit == "bytes/s"
+
+
+def test_demands_are_of_shapes_of_record():
+    shapes = training_shapes()
+    assert all((shapes[name].batch, shapes[name].length) == (batch, length) for name, batch, length in TRAIN)
