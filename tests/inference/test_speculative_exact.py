@@ -98,6 +98,7 @@ def drawn(lm, drafter, sampling, draws, seed, accept=accept_exact, batch=4000):
         ]
         rows = SpeculativeRows(
             decoder._runner,
+            decoder._runner,
             accept,
             drafter.start([PROMPT] * size),
             select(mark.state, [0] * size),

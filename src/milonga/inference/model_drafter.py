@@ -16,8 +16,8 @@ is drawn from the prediction before it. That is again the drafter's own choice, 
 Bytes of a token that the verifier did not get to see are forgotten, and drawn again.
 """
 
-from collections.abc import Sequence
-from functools import lru_cache
+from collections.abc import Callable, Sequence
+from functools import lru_cache, partial
 from typing import NamedTuple
 
 import numpy as np
@@ -161,7 +161,7 @@ class ModelStream:
     @torch.inference_mode()
     def draft(self, limit: int, temperature: float, dice: Sequence[Dice]) -> Sequence[RowDraft]:
         """As `DraftStream.draft`."""
-        state, logits, open_ = self._catch_up(temperature, dice)
+        state, logits, open_, settle = self._catch_up(temperature, dice)
         sums: list[Tensor] = []
         drafts = [ModelDraft(row, sums, self._drafter.vocabulary) for row in range(len(self._tails))]
         stuck = [False] * len(drafts)
@@ -178,6 +178,7 @@ class ModelStream:
             open_ = [b""] * len(drafts)
             step = torch.tensor(tokens, dtype=torch.int64).clamp_min(0).to(self._device)
             logits, state = self._runner.step(step[:, None], state)
+        settle()  # not before: its commit may take the buffers of `state`
         for draft in drafts:
             draft.cut(limit)
         if temperature == 0:
@@ -187,9 +188,9 @@ class ModelStream:
 
     def _catch_up(
         self, temperature: float, dice: Sequence[Dice]
-    ) -> tuple[NetworkState, Float[Tensor, "B V"], list[bytes]]:
+    ) -> tuple[NetworkState, Float[Tensor, "B V"], list[bytes], Callable[[], None]]:
         """Read the last tokens: -> (the state behind those that have ended, the prediction there, the bytes of the
-        token that has not)."""
+        token that has not, what moves on behind tokens that are settled)."""
         codec, rows = self._drafter.model.codec, range(len(self._tails))
         tails = [codec.encode(tail).tolist() for tail in self._tails]
         longest = max(map(len, tails))
@@ -201,8 +202,7 @@ class ModelStream:
         open_ = self._open(lasts, before, temperature, dice)
         keep = [len(tail) - bool(prefix) for tail, prefix in zip(tails, open_, strict=True)]
         state = self._runner.commit(self._state, trace, keep)
-        self._settle(tails, behind, trace)
-        return state, behind[list(rows), keep], open_
+        return state, behind[list(rows), keep], open_, partial(self._settle, tails, behind, trace)
 
     def _open(
         self, lasts: list[bytes], before: Float[Tensor, "B V"], temperature: float, dice: Sequence[Dice]

@@ -14,8 +14,10 @@ from milonga.models.network import Network, NetworkState
 class Runner(Protocol):
     """Runs one network on states of B rows. Calls come under `torch.inference_mode`.
 
-    An implementation may keep buffers of its own for the shapes that it meets; it pads `tokens` as it likes, as long as
-    the first T logits of every row are those of the T tokens.
+    An implementation may keep buffers of its own (`milonga.inference.captured.CapturedRunner` does): logits and traces
+    live until the next verification, and a state that `commit` returned until the commit after the next, which may
+    follow the same verification. It pads `tokens` as it likes, as long as the first T logits of every row are those of
+    the T tokens.
     """
 
     def verify(
@@ -25,7 +27,7 @@ class Runner(Protocol):
         ...
 
     def commit(self, state: NetworkState, trace: tuple[Trace, ...], keep: Sequence[int]) -> NetworkState:
-        """The state after the first `keep[b]` tokens of row b. The state stays, and the trace serves once more."""
+        """The state after the first `keep[b]` tokens of row b of the last verification. The old state stays."""
         ...
 
     def step(self, tokens: Int[Tensor, "B 1"], state: NetworkState) -> tuple[Float[Tensor, "B V"], NetworkState]:

@@ -152,6 +152,7 @@ class SpeculativeDecoder:
         """
         return SpeculativeRows(
             self._runner,
+            NetworkRunner(self.verifier.network),
             self._accept,
             stream,
             state,

@@ -14,7 +14,7 @@ from milonga.inference.drafters import DraftStream, SureDraft
 from milonga.inference.runner import Runner
 from milonga.inference.sampling import Sampler, Uniforms
 from milonga.models.network import NetworkState
-from milonga.state import merge, select
+from milonga.state import clone, merge, select
 
 # A byte that the verification leaves undecided is decided by reading all bytes since the beginning of the call one by
 # one, which gives bit for bit what plain decoding has there. Where there are more than so many, only the last is read.
@@ -93,7 +93,8 @@ class SpeculativeRows:
     Made by `SpeculativeDecoder.rows`.
 
     Args:
-        runner: of the verifier.
+        runner: of the verifier, for B rows.
+        single: of the verifier, for the single steps of one row that plain decoding takes.
         accept: the rule.
         stream: the drafter, behind the same B texts.
         state: the verifier's, behind them: B rows.
@@ -109,6 +110,7 @@ class SpeculativeRows:
     def __init__(
         self,
         runner: Runner,
+        single: Runner,
         accept: Accept,
         stream: DraftStream,
         state: NetworkState,
@@ -123,7 +125,7 @@ class SpeculativeRows:
     ):
         ends = list(until) if until is not None else [None] * len(limits)
         self._rows = [_Row(*parts) for parts in zip(samplers, limits, ends, strict=True)]
-        self._runner, self._accept, self._stream, self._draft = runner, accept, stream, draft
+        self._runner, self._single, self._accept, self._stream, self._draft = runner, single, accept, stream, draft
         self._state, self._logits, self._first = state, logits, state
         for row in self._rows:
             row.since = bytearray() if replay else None
@@ -214,10 +216,10 @@ class SpeculativeRows:
             text = bytes(row.since) + kept + token
         logits = None
         for byte in text:
-            logits, state = self._runner.step(self._tokens([bytes([byte])]), state)
+            logits, state = self._single.step(self._tokens([bytes([byte])]), state)
         assert logits is not None
         if row.since is not None:
-            row.origin, row.since = state, bytearray()
+            row.origin, row.since = clone(state), bytearray()
         self._state = _with_row(self._state, index, state)
         self._stats.redone += 1
         self._stats.replayed += len(text)
@@ -237,7 +239,7 @@ class SpeculativeRows:
             self._logits = torch.where(moved[:, None], logits[:, 0], self._logits.to(logits.dtype))
             for row in self._rows:
                 row.last = None
-        return self._state, self._logits
+        return clone(self._state), self._logits.clone()  # the runner may use its buffers again
 
     def _tokens(self, texts: Sequence[bytes]) -> Tensor:
         longest = max(map(len, texts))
