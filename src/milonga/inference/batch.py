@@ -2,7 +2,7 @@
 
 from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
@@ -337,14 +337,14 @@ class Batch:
             self._rows[row] = self._rows[last]
         self._rows.pop()
         self._decoder.clear(last)
-        whole = Mark(place.network, state, logits, place.position, place.pending, place.bytes_read, place.recent)
+        whole = replace(place, state=state, logits=logits)
         session = self._at(whole)
         session.sampling = text.sampling
         return session
 
 
 def _without_state(place: Mark) -> Mark:
-    return Mark(place.network, (), place.logits[:0], place.position, place.pending, place.bytes_read, place.recent)
+    return replace(place, state=(), logits=place.logits[:0])
 
 
 def _moved(text: _Text, codec: TextCodec) -> Mark:
