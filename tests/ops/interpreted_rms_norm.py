@@ -63,7 +63,7 @@ SHAPES = [(0, 5), (3, 0), (1, 3), (7, 3), (2, 5, 70), (3, 256), (2, 257), (5, 11
 @pytest.fixture(autouse=True)
 def _few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several turns in a program of the backward pass."""
-    monkeypatch.setattr(triton, "_PROGRAMS", 4)
+    monkeypatch.setattr(triton, "_WARPS", 8)
 
 
 @pytest.mark.parametrize("shape", SHAPES)

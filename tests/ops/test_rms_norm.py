@@ -16,6 +16,33 @@ def test_matches_reference(count: int, width: int, seed: int) -> None:
     )
 
 
+@given(st.integers(0, 40), st.integers(1, 70), st.sampled_from(["cpu", "reference"]), st.integers(0, 2**31))
+def test_norm_of_a_sum(count: int, width: int, backend: str, seed: int) -> None:
+    torch.manual_seed(seed)
+    inputs = [torch.randn(count, width), torch.randn(count, width), torch.randn(width)]
+    assert_matches(
+        lambda x, r, w: rms_norm(x, w, residual=r, backend=backend),
+        lambda x, r, w: (rms_norm_reference(x + r, w, 1e-5), x + r),
+        inputs,
+        ERROR_BOUND,
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_norm_of_a_sum_is_that_of_the_rounded_sum(dtype: torch.dtype) -> None:
+    x, residual, weight = torch.randn(5, 24).to(dtype), torch.randn(5, 24).to(dtype), torch.randn(24)
+    y, total = rms_norm(x, weight, residual=residual)
+    assert y.dtype == total.dtype == dtype
+    assert torch.equal(total, (x.float() + residual.float()).to(dtype)) and torch.equal(y, rms_norm(total, weight))
+
+
+def test_wrong_residual_is_an_error() -> None:
+    with pytest.raises(ValueError, match=r"rms_norm: residual must be .* expected \[4, 8\], got \[3, 8\]"):
+        rms_norm(torch.randn(4, 8), torch.ones(8), residual=torch.randn(3, 8))
+    with pytest.raises(ValueError, match=r"rms_norm: residual must be .*float32, got float64"):
+        rms_norm(torch.randn(4, 8), torch.ones(8), residual=torch.randn(4, 8).double())
+
+
 def test_strided_slice_is_not_misread() -> None:
     wide = torch.randn(3, 40, 64)
     x = wide[..., 16:48]

@@ -7,9 +7,9 @@ from torch import Tensor
 
 from milonga.ops.gpu.triton_parts import power_of_two, rows, sum_rows
 
-# Programs of the backward pass: each leaves a row of sums for the weight's gradient. For widths to 4096 they are one
-# wave on an H100. Fixed, so that results do not depend on the GPU.
-_PROGRAMS = 528
+# Warps of the backward pass, one wave on an H100: each program leaves a row of sums for the weight's gradient. Fixed, so
+# that results do not depend on the GPU.
+_WARPS = 2112
 
 
 @triton.jit(do_not_specialize=["count"])
@@ -94,6 +94,7 @@ def _backward(
     row = first + tl.arange(0, ROWS)[:, None]
     values = _parts_of(x, row, x_step, end, width, CH, PARTS)
     upstream = _parts_of(grad, row, grad_step, end, width, CH, PARTS)
+    more = ()
     if ADD:
         more = _parts_of(grad_total, row, total_step, end, width, CH, PARTS)
     for turn in range((length + ROWS - 1) // ROWS):
@@ -101,6 +102,7 @@ def _backward(
         inside = row < end
         next_values = _parts_of(x, row + ROWS, x_step, end, width, CH, PARTS)
         next_upstream = _parts_of(grad, row + ROWS, grad_step, end, width, CH, PARTS)
+        next_more = ()
         if ADD:
             next_more = _parts_of(grad_total, row + ROWS, total_step, end, width, CH, PARTS)
         factor = tl.load(scale + row, mask=inside, other=0.0)
@@ -212,7 +214,7 @@ def backward_norm(
     if count == 0:
         return grad_x, narrow, torch.zeros_like(weight), torch.zeros_like(weight[: width * biased])
     tile = _tile(count, width)
-    length = -(-count // _PROGRAMS // tile["ROWS"]) * tile["ROWS"]
+    length = -(-count * tile["num_warps"] // _WARPS // tile["ROWS"]) * tile["ROWS"]
     programs = -(-count // length)
     partial = torch.empty((programs, width), dtype=torch.float32, device=total.device)
     partial_bias = torch.empty((programs, width if biased else 0), dtype=torch.float32, device=total.device)
