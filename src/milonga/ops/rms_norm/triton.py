@@ -7,8 +7,8 @@ from torch import Tensor
 
 from milonga.ops.gpu.triton_parts import power_of_two, rows, sum_rows
 
-# Warps of the backward pass, one wave on an H100: each program leaves a row of sums for the weight's gradient. Fixed, so
-# that results do not depend on the GPU.
+# Warps of the backward pass, one wave on an H100: each program leaves a row of sums for the weight's gradient. Fixed,
+# so that results do not depend on the GPU.
 _WARPS = 2112
 
 
