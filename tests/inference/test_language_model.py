@@ -1,5 +1,6 @@
 """Loading a model to read and write with."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -52,6 +53,35 @@ def test_weights_load_in_the_dtype_asked_for(run):
         assert torch.equal(got, exact.to(got.dtype))
     with pytest.raises(UserError, match="dtype 'int8' cannot be used; choose from"):
         milonga.load(folder, dtype="int8")
+
+
+@pytest.mark.parametrize("rounding", [{"dtype": "bfloat16"}, {"weights": "bf16"}, {"weights": "int8"}])
+def test_a_state_goes_on_in_any_rounding_of_its_model(run, rounding, tmp_path):
+    """Fed in fp32, continued in fewer bits, and back: the text is nearly as likely, and the file is not refused."""
+    _, folder = run
+    full, rounded = milonga.load(folder, device="cpu"), milonga.load(folder, device="cpu", **rounding)
+    assert rounded.fingerprint == full.fingerprint
+    session = full.session()
+    session.feed(b"some text to begin with ")
+    session.save(tmp_path / "a.state")
+    other = rounded.session(tmp_path / "a.state")
+    assert other.position == session.position
+    bits = [s.score(b"and some more of it").mean() for s in (session, other)]
+    assert bits[0] != bits[1] and abs(bits[0] - bits[1]) < 0.02 * bits[0]
+    other.save(tmp_path / "b.state")
+    assert full.session(tmp_path / "b.state").position == other.position
+
+
+def test_stored_weights_take_less_memory_and_write_the_same_text_as_long_as_it_is_likely(run):
+    _, folder = run
+    full, stored = milonga.load(folder, device="cpu"), milonga.load(folder, device="cpu", weights="int8")
+    kinds = {type(module).__name__ for module in stored.network.modules()}
+    assert "StoredLinear" in kinds and "Linear" not in kinds
+    ids = np.frombuffer(b"a text of some length, read twice", np.uint8)
+    differences = full.session().score(ids) - stored.session().score(ids)
+    assert 0 < np.abs(differences).max() < 0.3
+    with pytest.raises(UserError, match="weights 'int4' cannot be used: choose from bf16, int8, on the CPU"):
+        milonga.load(folder, device="cpu", weights="int4")
 
 
 def test_what_cannot_be_loaded_is_named(tmp_path):

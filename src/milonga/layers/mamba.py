@@ -85,8 +85,13 @@ class ScanParameters(KeepFp32):
         self._kept: tuple[tuple[int, int], Tensor] | None = None
 
     def A(self) -> Tensor:
-        """`-exp(A_log)` `[E N]`. Without gradients it is kept until A_log changes: a decoded token uses it once."""
-        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        """`-exp(A_log)` `[E N]`.
+
+        In evaluation mode and without gradients it is kept: a decoded token uses it once. It is dropped when A_log is
+        seen to change and whenever gradients are on (a fused optimizer writes parameters without a trace).
+        """
+        if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            self._kept = None
             return -torch.exp(self.A_log)
         key = (self.A_log.data_ptr(), self.A_log._version)
         if self._kept is None or self._kept[0] != key:
