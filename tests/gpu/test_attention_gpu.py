@@ -62,6 +62,9 @@ def check(inputs, position, segments, window, deterministic=True) -> None:
     bound = HALF_BOUND.get(y.dtype, ERROR_BOUND)
     names = ("y", "q", "k", "v", "past_k", "past_v")
     for name, got, right in zip(names, (y, *gradients), (exact_y, *exact), strict=False):
+        assert got.shape == right.shape, name
+        if right.numel() == 0:
+            continue
         if right.norm() < 1e-12:  # whoever sees one key only gives scores no gradient
             assert got.abs().max() < (1e-5 if got.dtype == torch.float32 else 0.1), name
         else:
@@ -140,6 +143,7 @@ def test_decoding_in_a_graph_follows_the_positions() -> None:
 @pytest.mark.parametrize(("heads", "groups", "width"), [(4, 4, 128), (8, 2, 64)])
 def test_library(heads: int, groups: int, width: int, window: int | None) -> None:
     inputs, position, segments = make((777, 777), heads, groups, (width, width), torch.bfloat16)
+    torch.use_deterministic_algorithms(False)  # the library may warn otherwise
     for deterministic in (True, False):  # the backward pass is our own, the library's
         check(inputs, position, segments, window, deterministic)
 

@@ -46,7 +46,7 @@ HALF = {
     16: Tuning(Blocks(128, 64, 4, 3), Blocks(64, 64, 4, 3), Blocks(64, 64, 4, 3)),
     64: Tuning(Blocks(64, 64, 4, 3), Blocks(64, 64, 4, 3), Blocks(64, 64, 4, 3)),
     128: Tuning(Blocks(128, 64, 8, 3), Blocks(64, 128, 8, 3), Blocks(128, 64, 8, 3)),
-    256: Tuning(Blocks(64, 32, 4, 2), Blocks(32, 64, 8, 2), Blocks(64, 32, 8, 2)),
+    256: Tuning(Blocks(64, 64, 8, 2), Blocks(32, 64, 8, 2), Blocks(64, 32, 8, 2)),
 }
 SINGLE = {
     16: Tuning(Blocks(64, 32, 4, 2), Blocks(32, 32, 4, 2), Blocks(32, 32, 4, 2)),
