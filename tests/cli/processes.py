@@ -15,7 +15,7 @@ from typing import NamedTuple
 SERVER = """
 import json, os, resource, select, signal, sys
 import milonga.cli.evaluate, milonga.cli.generate, milonga.cli.presets, milonga.cli.train, milonga.cli.main
-import milonga.cli.demo
+import milonga.cli.demo, milonga.cli.bench_run
 from milonga.ops.backend import COMPILED, kernels
 
 for op in COMPILED:

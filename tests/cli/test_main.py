@@ -27,10 +27,12 @@ HELPS = [
     ["tokenizer", "--help"],
     ["tokenizer", "train", "--help"],
     ["tokenizer", "inspect", "--help"],
+    ["bench", "--help"],
+    *(["bench", name, "--help"] for name in ("ops", "train", "prefill", "decode", "first-use")),
     ["presets", "--help"],
     ["doctor", "--help"],
 ]
-GROUPS = ("evaluate", "tokenizer")
+GROUPS = ("evaluate", "tokenizer", "bench")
 
 
 def python(code, *arguments, folder="."):

@@ -220,6 +220,24 @@ def _rows(
     return rows
 
 
+def jobs_of(
+    ops: Sequence[Op], shapes: Sequence[tuple[int, ...]], device: torch.device, passes: str
+) -> list[tuple[Op, Letters, bool]]:
+    """What is measured: op, shape, whether with the backward pass.
+
+    Raises:
+        UserError: if a shape does not fit an op, or `passes` is not known.
+    """
+    if passes not in PASSES:
+        raise UserError(f"--pass: expected one of {', '.join(PASSES)}, got {passes!r}")
+    jobs: list[tuple[Op, Letters, bool]] = []
+    for op in ops:
+        own = op.on_gpu if device.type == "cuda" else op.on_cpu
+        for numbers in shapes or own:
+            jobs += [(op, op.shape(numbers), both) for both in PASSES[passes]]
+    return jobs
+
+
 def bench_ops(
     ops: Sequence[Op],
     shapes: Sequence[tuple[int, ...]],
@@ -235,13 +253,7 @@ def bench_ops(
     Raises:
         UserError: if a shape does not fit an op, or `passes` is not known.
     """
-    if passes not in PASSES:
-        raise UserError(f"--pass: expected one of {', '.join(PASSES)}, got {passes!r}")
-    jobs: list[tuple[Op, Letters, bool]] = []
-    for op in ops:
-        own = op.on_gpu if device.type == "cuda" else op.on_cpu
-        for numbers in shapes or own:
-            jobs += [(op, op.shape(numbers), both) for both in PASSES[passes]]
+    jobs = jobs_of(ops, shapes, device, passes)
     ceilings = Ceilings(device)
     ceilings.product(dtype)
     rows: list[OpRow] = []

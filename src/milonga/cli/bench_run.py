@@ -14,7 +14,7 @@ from milonga.bench import BenchResult, bench_decode, bench_first_use, bench_ops,
 from milonga.bench.ceilings import dtype_name
 from milonga.bench.first_use import parse_parts
 from milonga.bench.models import ON_CPU, ON_GPU, STUDY, TrainingShape, study_model, training_shape
-from milonga.bench.ops import parse_dtype, parse_ops, parse_shape
+from milonga.bench.ops import jobs_of, parse_dtype, parse_ops, parse_shape
 from milonga.bench.page import check_plot, figure_table, render, write_plot
 from milonga.bench.result import Progress
 from milonga.cli import console
@@ -105,6 +105,7 @@ def run_bench_ops(
     place = choose_device(device)
     chosen = parse_dtype(dtype, place)
     check(outputs)
+    jobs_of(ops, shapes, place, passes)  # what is wrong is said before anything is measured
     with shown("measurements") as progress:
         result = bench_ops(ops, shapes, chosen, place, passes, peers=peers, progress=progress)
     return finish(result, outputs)
@@ -117,6 +118,7 @@ def run_bench_train(
     length: int | None,
     precision: str | None,
     compile_: bool | None,
+    seconds: float,
     device: str | None,
     outputs: Outputs,
 ) -> int:
@@ -148,12 +150,13 @@ def run_bench_train(
             place,
             "bf16" if chosen == "bf16" else "fp32",
             compile_=on_gpu if compile_ is None else compile_,
+            budget=seconds,
             progress=progress,
         )
     return finish(result, outputs)
 
 
-def parse_length(text: str) -> int:
+def parse_length(text: str, option: str = "--lengths") -> int:
     """`4096` or `4K`, K being 1024 and M 1024 times as many.
 
     Raises:
@@ -161,7 +164,7 @@ def parse_length(text: str) -> int:
     """
     found = re.fullmatch(r"(\d+)([KkMm]?)", text.strip())
     if not found or int(found[1]) < 1:
-        raise UserError(f"--lengths: expected lengths such as 4096 or 4K, got {text!r}")
+        raise UserError(f"{option}: expected lengths such as 4096 or 4K, got {text!r}")
     return int(found[1]) << {"": 0, "k": 10, "m": 20}[found[2].lower()]
 
 
@@ -193,7 +196,7 @@ def run_bench_prefill(
     tiny = place.type != "cuda" if small is None else small
     chosen, used = parse_dtype(dtype, place), _models(models, tiny)
     sizes = _lengths(lengths, SMALL_LENGTHS if tiny else PAPER_LENGTHS)
-    tokens = parse_length(total) if total is not None else max(SMALL_LENGTHS if tiny else PAPER_LENGTHS)
+    tokens = parse_length(total, "--total") if total is not None else max(SMALL_LENGTHS if tiny else PAPER_LENGTHS)
     with shown("measurements") as progress:
         result = bench_prefill(used, sizes, tokens, place, chosen, progress=progress)
     return finish(result, outputs)
