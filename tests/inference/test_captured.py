@@ -9,6 +9,7 @@ from milonga.inference.captured import RUN, CapturedRunner, Decoder, decode_step
 from milonga.inference.device_sampling import device_mode, draw_on_device
 from milonga.inference.runner import NetworkRunner
 from milonga.inference.sampling import Sampler, Sampling, Uniforms
+from milonga.layers.linear import store_weights
 from milonga.state import clone, named_tensors, select, to_flat
 from tests.inference.helpers import CONFIGS, opinionated
 from tests.laws.test_laws import SPLIT_BOUND, assert_same_state
@@ -170,3 +171,20 @@ def test_a_step_of_a_network_in_float64() -> None:
         expected = network(torch.tensor([[7]]))
     assert logits.dtype == torch.float64 and torch.equal(logits, expected.logits[:, 0])
     assert_same_state(state, expected.state, 1e-12)
+
+
+@every_model
+@pytest.mark.parametrize("storage", ["bf16", "int8"])
+def test_states_do_not_take_the_dtype_of_stored_weights(name: str, storage: str) -> None:
+    network = opinionated(CONFIGS[name]).network
+    expected = [tensor.dtype for _, tensor in named_tensors(network.init_state(1))]
+    store_weights(network, storage)
+    assert [tensor.dtype for _, tensor in named_tensors(network.init_state(1))] == expected
+    tokens = torch.randint(256, (2, 9))
+    logits, state = read(network, tokens)
+    decoder = Decoder(network, 2, capacity=16)
+    for row in range(2):
+        decoder.load(row, select(state, [row]), logits[row])
+    decoder.tokens.copy_(tokens[:, :1])
+    decoder.step(2)
+    assert relative_rms(decoder.logits, read(network, tokens[:, :1], state)[0]) <= SPLIT_BOUND

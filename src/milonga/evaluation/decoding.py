@@ -136,8 +136,9 @@ def step_state_bytes(state: NetworkState, position: int) -> int:
 
 def weight_bytes(network: Network) -> int:
     """Bytes of the weights that one step reads: all but an embedding that is not the head too."""
-    names = {} if network.head.weight is network.embedding.weight else {"embedding.weight"}
-    return sum(p.numel() * p.element_size() for name, p in network.named_parameters() if name not in names)
+    spared = set() if network.head.weight is network.embedding.weight else {"embedding.weight"}
+    weights = [*network.named_parameters(), *network.named_buffers()]  # stored in fewer bits they are buffers
+    return sum(weight.numel() * weight.element_size() for name, weight in weights if name not in spared)
 
 
 def measure_decode(

@@ -1,5 +1,6 @@
 """Reading and writing text with a trained model: language models, sessions, sampling."""
 
+from milonga.inference.batch import Batch, Event, Ticket
 from milonga.inference.generation import Generation, Logprob
 from milonga.inference.language_model import LanguageModel, choose_device, load
 from milonga.inference.marks import Mark
@@ -8,6 +9,8 @@ from milonga.inference.session import Session
 from milonga.inference.store import Reuse, StateStore
 
 __all__ = [
+    "Batch",
+    "Event",
     "Generation",
     "LanguageModel",
     "Logprob",
@@ -17,6 +20,7 @@ __all__ = [
     "Sampling",
     "Session",
     "StateStore",
+    "Ticket",
     "choose_device",
     "distribution",
     "load",

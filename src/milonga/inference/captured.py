@@ -11,7 +11,6 @@ from typing import Generic, TypeVar
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.nn import functional as F
 
 from milonga.errors import UserError
 from milonga.inference.device_sampling import Mode, draw_on_device
@@ -34,10 +33,10 @@ def decode_step(network: Network, tokens: Int[Tensor, "B 1"], state: NetworkStat
     for sublayer, part in zip(network.sublayers, state, strict=True):
         assert isinstance(sublayer, Sublayer)
         x = sublayer.layer.step_(x, part, sublayer.norm)
-    norm, head = norm_of(network.norm), network.head.weight
+    norm = norm_of(network.norm)
     if norm is not None and has_step_kernels(x):
-        return linear_step(x[:, 0], head, norm=norm, dtype=torch.float32)
-    logits = F.linear(network.norm(x)[:, 0], head)
+        return linear_step(x[:, 0], network.head.weight, norm=norm, dtype=torch.float32)
+    logits = network.head(network.norm(x)[:, 0])
     return logits.float() if logits.element_size() < 4 else logits
 
 

@@ -223,7 +223,9 @@ class Network(nn.Module):
     def init_state(
         self, batch: int = 1, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> NetworkState:
-        """The empty state of `batch` sequences."""
+        """The empty state of `batch` sequences. By default activations have the dtype of the embedding: weights of layers
+        may be stored in another."""
+        dtype = dtype or self.embedding.weight.dtype
         return tuple(layer.init_state(batch, device=device, dtype=dtype) for layer in self.layers())
 
     def no_decay(self) -> dict[str, nn.Parameter]:
