@@ -76,6 +76,6 @@ def store_weights(module: nn.Module, storage: Storage) -> None:
     for name, child in list(module.named_children()):
         if isinstance(child, nn.Linear):
             with torch.inference_mode(False):
-                setattr(module, name, StoredLinear(child, storage))
+                module.set_submodule(name, StoredLinear(child, storage))
         else:
             store_weights(child, storage)
