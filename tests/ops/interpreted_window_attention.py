@@ -74,9 +74,9 @@ def test_matches_reference(lengths, heads, groups, widths, window, past, packed)
     ("lengths", "heads", "groups", "widths", "window", "past"),
     [
         ((1, 1), 4, 2, (16, 24), 20, (19, (5, 100))),
-        ((4, 4, 4), 4, 1, (20, 16), 300, (299, (0, 250, 400))),
-        ((16, 16), 2, 2, (16, 16), None, (400, (5, 333))),
-        ((3, 3), 2, 2, (16, 16), 10, (30, (5, 333))),
+        ((4, 4), 4, 1, (20, 16), 160, (159, (0, 300))),
+        ((16, 16), 2, 2, (16, 16), None, (150, (5, 133))),
+        ((3, 3), 2, 2, (16, 16), 10, (30, (5, 99))),
     ],
 )
 def test_decoding_matches_reference(lengths, heads, groups, widths, window, past) -> None:
