@@ -4,9 +4,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from milonga.ops.cpu_arrays import row_stride
-from milonga.ops.selective_scan import triton_kernels
+from milonga.ops.selective_scan import gluon, triton_kernels, triton_steps
 from milonga.ops.selective_scan.checkpoints import CHUNK, PAD, checkpoint_shape
+from milonga.ops.selective_scan.strides import rows as _rows
 
 # Programs (warps) that keep a large GPU busy: two turns of the eight for which each multiprocessor of an H100 has
 # registers in the backward pass. Fixed, so that results do not depend on the GPU. A sequence is cut into chunks, which
@@ -15,6 +15,8 @@ from milonga.ops.selective_scan.checkpoints import CHUNK, PAD, checkpoint_shape
 PROGRAMS = 2112
 ENOUGH = 700
 SHORTEST = 128
+# At most so many steps a sequence go one by one where nothing is kept for the backward pass.
+FEW = 8
 # Steps whose loads are issued together, in the forward and in the backward pass.
 _AHEAD, _AHEAD_BACKWARD = 4, 2
 
@@ -39,14 +41,6 @@ def _chunk(rows: int, sequences: int, packed: bool, blocks: int) -> int:
     pieces = 1 if parallel >= ENOUGH else -(-PROGRAMS // max(parallel, 1))
     steps = max(-(-longest // pieces), SHORTEST if pieces > 1 else 1)
     return -(-steps // CHUNK) * CHUNK
-
-
-def _rows(tensor: Tensor | None, width: int) -> tuple[Tensor | None, int]:
-    """`[..., width]` with evenly spaced rows, and the distance between them; no copy where it is so already."""
-    if tensor is None:
-        return None, width
-    stride = row_stride(tensor)
-    return (tensor.contiguous(), width) if stride is None else (tensor, stride)
 
 
 def _wide(tensor: Tensor, padded: int) -> Tensor:
@@ -103,6 +97,39 @@ class _Plan:
         )  # fmt: skip
 
 
+def _steps(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    initial: Tensor | None,
+    offsets: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`forward` for few steps, nothing kept: one launch."""
+    width, states = A.shape
+    sequences = x.shape[0] if offsets is None else offsets.numel() - 1
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    final = A.new_empty(sequences, width, states)
+    kept = A.new_empty(checkpoint_shape(0, 0, width, states, False))
+    (x, x_step), (dt, dt_step), (z, z_step) = (_rows(value, width) for value in (x, dt, z))
+    (B, B_step), (C, C_step) = _rows(B, states), _rows(C, states)
+    A = A.contiguous()
+    if final.numel() > 0:
+        with torch.cuda.device_of(x):
+            triton_steps.scan_steps[(sequences * -(-width // 16),)](
+                x, dt, x if z is None else z, B, C, A, A if D is None else D, A if dt_bias is None else dt_bias,
+                A if initial is None else initial.contiguous(), A if offsets is None else offsets, y, final,
+                x.shape[1], width, x_step, dt_step, z_step, B_step, C_step, STATES=states, N=_states(states), CH=16,
+                PACKED=offsets is not None, INITIAL=initial is not None, Z=z is not None, D_=D is not None,
+                BIAS=dt_bias is not None, num_warps=1,
+            )  # fmt: skip
+    return y, final, kept
+
+
 def forward(
     x: Tensor,
     dt: Tensor,
@@ -116,7 +143,12 @@ def forward(
     offsets: Tensor | None,
     save: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Kernel of `milonga::selective_scan` on a GPU."""
+    """Kernel of `milonga::selective_scan` on a GPU: which of the kernels runs is decided here and in `backward`."""
+    few = x.shape[1] if offsets is None else x.shape[1] // max(offsets.numel() - 1, 1)
+    if not save and few <= FEW:
+        return _steps(x, dt, A, B, C, D, z, dt_bias, initial, offsets)
+    if gluon.suits(x, A):
+        return gluon.forward(x, dt, A, B, C, D, z, dt_bias, initial, offsets, save)
     plan = _Plan(x, A, offsets)
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     final = A.new_empty(plan.sequences, plan.padded, plan.width)
@@ -166,6 +198,8 @@ def backward(
     kept: Tensor,
 ) -> tuple[Tensor, ...]:
     """Kernel of `milonga::selective_scan_backward` on a GPU: as on the CPU."""
+    if gluon.suits(x, A):
+        return gluon.backward(grad_y, grad_final, x, dt, A, B, C, D, z, dt_bias, initial, offsets, kept)
     plan = _Plan(x, A, offsets)
     padded, width = plan.padded, plan.width
     grad_x, grad_dt = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for _ in range(2))

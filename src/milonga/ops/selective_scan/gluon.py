@@ -1,0 +1,240 @@
+"""`selective_scan` in Gluon: where it applies, the choice of chunks, launches, and sums in a fixed order."""
+
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from milonga.ops.selective_scan import gluon_backward, gluon_forward, triton_sums
+from milonga.ops.selective_scan.checkpoints import CHUNK, checkpoint_shape
+from milonga.ops.selective_scan.strides import rows
+
+STATES, CHANNELS = 16, 64
+# Programs for which an H100 has room at a time, by registers: four a multiprocessor forward, three backward. Fixed, so
+# that results do not depend on the GPU. A sequence is cut into chunks, which costs a second pass over its inputs, only
+# where there would be fewer than ENOUGH programs without; a chunk is never shorter than SHORTEST steps.
+PROGRAMS, PROGRAMS_BACKWARD = 528, 396
+ENOUGH, ENOUGH_BACKWARD = 190, 250
+SHORTEST = 128
+# fp32 numbers that the sums of dB and dC over blocks of channels may take. Beyond, time is walked in parts.
+WORKSPACE = 96 * 2**20
+# Registers a lane, for three programs a multiprocessor; four for the forward pass in chunks.
+_REGISTERS, _REGISTERS_CHUNKED = 168, 128
+
+
+@cache
+def _capable(device: int) -> bool:
+    """Tensor cores with tf32 and enough shared memory for two programs."""
+    return torch.cuda.get_device_capability(device) >= (8, 0) and (
+        torch.cuda.get_device_properties(device).shared_memory_per_multiprocessor >= 150 * 2**10
+    )
+
+
+def suits(x: Tensor, A: Tensor) -> bool:
+    """Whether these kernels take it: 16 states a channel, an Ampere or later data-centre GPU."""
+    return x.is_cuda and A.shape[1] == STATES and x.shape[2] > 0 and _capable(x.device.index)
+
+
+def _length(rows: int, sequences: int, packed: bool, blocks: int, enough: int, programs: int) -> int:
+    """Steps of a chunk, a multiple of the spacing of checkpoints.
+
+    How long packed sequences are is known on the GPU alone: they are taken for one.
+    """
+    longest = rows if packed else rows // max(sequences, 1)
+    parallel = blocks * (1 if packed else sequences)
+    pieces = 1 if parallel >= enough else max(programs // max(parallel, 1), 1)
+    steps = max(-(-longest // pieces), SHORTEST if pieces > 1 else 1)
+    return -(-steps // CHUNK) * CHUNK
+
+
+class _Plan:
+    """Sizes that a pass and its launches share."""
+
+    def __init__(self, x: Tensor, offsets: Tensor | None, enough: int, programs: int) -> None:
+        self.batch, self.time, self.width = x.shape
+        self.packed = offsets is not None
+        self.sequences = self.batch if offsets is None else offsets.numel() - 1
+        self.rows = self.batch * self.time
+        self.blocks = -(-self.width // CHANNELS)
+        self.length = _length(self.rows, self.sequences, self.packed, self.blocks, enough, programs)
+        pieces = max(-(-self.time // self.length), 1)
+        # every sequence has a slot more than it may need where sequences are packed
+        self.slots = self.rows // self.length + self.sequences if self.packed else self.sequences * pieces
+        self.chunked = (self.rows if self.packed else self.time) > self.length
+        self.kept_step = checkpoint_shape(0, 0, self.width, STATES, False)[1]
+
+    @property
+    def programs(self) -> int:
+        return self.slots * self.blocks
+
+
+def forward(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    initial: Tensor | None,
+    offsets: Tensor | None,
+    save: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Kernel of `milonga::selective_scan`."""
+    plan = _Plan(x, offsets, ENOUGH, PROGRAMS)
+    width = plan.width
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    final = A.new_empty(plan.sequences, width, STATES)
+    kept = A.new_empty(checkpoint_shape(plan.rows, plan.sequences, width, STATES, save))
+    if plan.programs == 0:
+        return y, final, kept
+    (x, x_step), (dt, dt_step), (z, z_step) = (rows(value, width) for value in (x, dt, z))
+    (B, B_step), (C, C_step) = rows(B, STATES), rows(C, STATES)
+    A = A.contiguous()
+    ends = sums = A
+    inputs = (x, dt, x if z is None else z, B, C, A, A if D is None else D, A if dt_bias is None else dt_bias)
+    start = A if initial is None else initial.contiguous()
+    outputs = (start, A if offsets is None else offsets, y, final, kept)
+    sizes = (
+        plan.time, width, plan.sequences, plan.length, x_step, dt_step, z_step, B_step, C_step, plan.kept_step,
+    )  # fmt: skip
+    fixed = {
+        "PACKED": plan.packed, "INITIAL": initial is not None, "D_": D is not None, "BIAS": dt_bias is not None,
+        "EXACT": x.dtype == torch.float32, "num_warps": 4,
+        "maxnreg": _REGISTERS_CHUNKED if plan.chunked else _REGISTERS,
+    }  # fmt: skip
+    with torch.cuda.device_of(x):
+        if plan.chunked:
+            ends, sums = A.new_empty(plan.slots, width, STATES), A.new_empty(plan.slots, width)
+            gluon_forward.scan_forward[(plan.programs,)](
+                *inputs, ends, sums, *outputs, *sizes, **fixed, STARTS=False, SAVE=False, ENDS=True, Z=False
+            )
+        gluon_forward.scan_forward[(plan.programs,)](
+            *inputs, ends, sums, *outputs, *sizes, **fixed, STARTS=plan.chunked, SAVE=save, ENDS=False, Z=z is not None
+        )
+    return y, final, kept
+
+
+def backward(
+    grad_y: Tensor | None,
+    grad_final: Tensor | None,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    initial: bool,
+    offsets: Tensor | None,
+    kept: Tensor,
+) -> tuple[Tensor, ...]:
+    """Kernel of `milonga::selective_scan_backward`."""
+    plan = _Plan(x, offsets, ENOUGH_BACKWARD, PROGRAMS_BACKWARD)
+    width, slots = plan.width, plan.slots
+    grad_x, grad_dt = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for _ in range(2))
+    grad_z = torch.empty(x.shape if z is not None else (0,), dtype=x.dtype, device=x.device)
+    grad_B, grad_C = (torch.empty(B.shape, dtype=B.dtype, device=B.device) for _ in range(2))
+    grad_initial = A.new_empty((plan.sequences, width, STATES) if initial else (0,))
+    # packed sequences share the rows of partial sums, so that short ones do not cost a chunk each
+    size = plan.rows * plan.blocks * 2 * STATES
+    count = 1 if plan.packed else max(-(-size // WORKSPACE), 1)
+    part = -(-plan.length // (count * CHUNK)) * CHUNK
+    count = -(-plan.length // part)
+    kinds = (STATES, 0 if D is None else 1, 0 if dt_bias is None else 1)
+    parts_A, parts_D, parts_bias = (A.new_empty(count * slots, width * kind) for kind in kinds)
+    if plan.programs > 0:
+        partial_rows = slots * part if count > 1 else plan.rows
+        partials = A.new_empty(plan.blocks * partial_rows, 2 * STATES)
+        launch = _Launch(plan, grad_y, grad_final, x, dt, A, B, C, D, z, dt_bias, offsets)
+        for index in reversed(range(count)):
+            here = slice(index * slots, (index + 1) * slots)
+            launch(
+                kept, (index * part, (index + 1) * part if count > 1 else plan.length), partial_rows, count > 1,
+                (grad_x, grad_dt, grad_z, partials, parts_A[here], parts_D[here], parts_bias[here], grad_initial),
+                initial,
+            )  # fmt: skip
+            if partial_rows > 0:
+                triton_sums.sum_blocks[(-(-partial_rows // 8),)](
+                    partials, grad_B, grad_C, partial_rows, plan.blocks, plan.time, plan.length, part, index * part,
+                    ROWS=8, PARTS=count > 1, num_warps=2,
+                )  # fmt: skip
+    grad_A, grad_D, grad_bias = (A.new_empty(width * kind) for kind in kinds)
+    triton_sums.sum_parts[(plan.blocks,)](
+        parts_A, parts_D, parts_bias, grad_A, grad_D, grad_bias, count * slots, width,
+        CH=CHANNELS, N=STATES, D_=D is not None, BIAS=dt_bias is not None, num_warps=4,
+    )  # fmt: skip
+    return grad_x, grad_dt, grad_A.view(width, STATES), grad_B, grad_C, grad_D, grad_z, grad_bias, grad_initial
+
+
+class _Launch:
+    """The backward kernel with everything that its launches share; finds first what enters every chunk."""
+
+    def __init__(
+        self,
+        plan: _Plan,
+        grad_y: Tensor | None,
+        grad_final: Tensor | None,
+        x: Tensor,
+        dt: Tensor,
+        A: Tensor,
+        B: Tensor,
+        C: Tensor,
+        D: Tensor | None,
+        z: Tensor | None,
+        dt_bias: Tensor | None,
+        offsets: Tensor | None,
+    ) -> None:
+        width = plan.width
+        self.plan = plan
+        (grad_y, gy_step), (x, x_step), (dt, dt_step), (z, z_step) = (rows(v, width) for v in (grad_y, x, dt, z))
+        (B, B_step), (C, C_step) = rows(B, STATES), rows(C, STATES)
+        A = A.contiguous()
+        upstream, gate, bounds = (
+            x if grad_y is None else grad_y,
+            x if z is None else z,
+            A if offsets is None else offsets,
+        )
+        weight, bias = A if D is None else D, A if dt_bias is None else dt_bias
+        ends = sums = A
+        self.device = torch.cuda.device_of(x)
+        sizes = (plan.time, width, plan.sequences, plan.length)
+        if plan.chunked:
+            ends, sums = A.new_empty(plan.slots, width, STATES), A.new_empty(plan.slots, width)
+            with self.device:
+                gluon_backward.scan_back_ends[(plan.programs,)](
+                    upstream, dt, gate, C, A, bias, ends, sums, bounds, *sizes, gy_step, dt_step, z_step, C_step,
+                    PACKED=plan.packed, Y=grad_y is not None, Z=z is not None, BIAS=dt_bias is not None,
+                    EXACT=x.dtype == torch.float32, num_warps=4, maxnreg=_REGISTERS_CHUNKED,
+                )  # fmt: skip
+        entering = A if grad_final is None else grad_final.contiguous()
+        self.inputs = (upstream, x, dt, gate, B, C, A, weight, bias, ends, sums, entering)
+        self.bounds = bounds
+        self.sizes = sizes
+        self.steps = (gy_step, x_step, dt_step, z_step, B_step, C_step, plan.kept_step)
+        self.carried = A
+        self.fixed = {
+            "PACKED": plan.packed, "STARTS": plan.chunked, "FINAL": grad_final is not None, "Y": grad_y is not None,
+            "Z": z is not None, "D_": D is not None, "BIAS": dt_bias is not None,
+            # tf32 is exact enough for bfloat16 alone
+            "EXACT": x.dtype != torch.bfloat16, "num_warps": 4, "maxnreg": _REGISTERS,
+        }  # fmt: skip
+
+    def __call__(
+        self,
+        kept: Tensor,
+        span: tuple[int, int],
+        partial_rows: int,
+        parts: bool,
+        outputs: tuple[Tensor, ...],
+        initial: bool,
+    ) -> None:
+        if parts and self.carried is self.inputs[6]:
+            self.carried = kept.new_empty(self.plan.slots, self.plan.width, STATES)
+        with self.device:
+            gluon_backward.scan_backward[(self.plan.programs,)](
+                *self.inputs, self.carried, self.bounds, kept, *outputs, *self.sizes, *span, partial_rows, *self.steps,
+                **self.fixed, INITIAL=initial, PARTS=parts,
+            )  # fmt: skip

@@ -1,0 +1,131 @@
+"""What the Gluon kernels of `selective_scan` share: layouts, elementwise functions, and which steps a program walks.
+
+A program is four warps with 64 neighbouring channels of one chunk of time of one sequence. The state is `[16, 64]`,
+states by channels: a lane holds 8 of the 16 states of a channel (`states_layout`), a warp 16 channels. A tile of 32
+steps goes through three phases: elementwise, with 8 or 16 bytes a lane of each row (`rows_layout`), into fp32 rows in
+shared memory; the recurrence, step by step, from shared memory; elementwise again.
+
+Steps beyond the end of a chunk get delta = 0 and no input or upstream gradient, which leaves h and r as they are.
+Offsets of rows are int64; those within a tile int32.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+STATES = gl.constexpr(16)
+CHANNELS = gl.constexpr(64)
+TILE = gl.constexpr(32)
+LOG2_E = gl.constexpr(1.4426950408889634)
+LN_2 = gl.constexpr(0.6931471805599453)
+STATES_LAYOUT = gl.constexpr(gl.BlockedLayout([8, 1], [2, 16], [1, 4], [1, 0]))
+ROWS_LAYOUT = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0]))
+NARROW_ROWS_LAYOUT = gl.constexpr(gl.BlockedLayout([1, 4], [2, 16], [4, 1], [1, 0]))
+# rows of B and C
+PAIRS_LAYOUT = gl.constexpr(gl.BlockedLayout([1, 2], [4, 8], [4, 1], [1, 0]))
+PLAIN = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
+
+
+@gluon.jit
+def reciprocal(v):
+    return gl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [v], gl.float32, is_pure=True, pack=1)
+
+
+@gluon.jit
+def wide(v):
+    """To fp32; bfloat16 two at a time, a shift and a mask, half the instructions of the built-in conversion."""
+    if v.dtype == gl.bfloat16:
+        v = gl.inline_asm_elementwise(
+            "{ shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000; }", "=f,=f,r", [v], gl.float32, is_pure=True, pack=2
+        )
+    else:
+        v = v.to(gl.float32)
+    return v
+
+
+@gluon.jit
+def exp_of_minus(v):
+    return gl.exp2(v * -LOG2_E)
+
+
+@gluon.jit
+def decay_of(v, EXACT: gl.constexpr):
+    """2^v for v <= 0. With EXACT within 2.2e-7, the closer the nearer v is to an integer: no bias where it is almost 1.
+
+    The hardware's has a bias of about 1e-8 there, which a channel that remembers a thousand steps multiplies by that.
+    """
+    if EXACT:
+        v = gl.where(v < -126.0, -126.0, v)
+        # the rounded exponent in the low bits, and 127
+        shifted = v + 12583039.0
+        f = v - (shifted - 12583039.0)
+        p = gl.fma(f, gl.full_like(f, 0.001333354), gl.full_like(f, 0.0096662454))
+        p = gl.fma(f, p, gl.full_like(f, 0.055505004))
+        p = gl.fma(f, p, gl.full_like(f, 0.24022351))
+        p = gl.fma(f, p, gl.full_like(f, 0.69314712))
+        p = gl.fma(f, p, gl.full_like(f, 1.0))
+        v = p * gl.inline_asm_elementwise("shl.b32 $0, $1, 23;", "=f,f", [shifted], gl.float32, is_pure=True, pack=1)
+    else:
+        v = gl.exp2(v)
+    return v
+
+
+@gluon.jit
+def softplus(v, tail):
+    """log(1 + exp(v)) with `tail` = exp(-|v|): the polynomial of `triton_kernels.softplus`."""
+    p = gl.fma(tail, gl.full_like(tail, -0.00853921), gl.full_like(tail, 0.04408963))
+    p = gl.fma(tail, p, gl.full_like(tail, -0.10768171))
+    p = gl.fma(tail, p, gl.full_like(tail, 0.17745242))
+    p = gl.fma(tail, p, gl.full_like(tail, -0.24495463))
+    p = gl.fma(tail, p, gl.full_like(tail, 0.33275479))
+    p = gl.fma(tail, p, gl.full_like(tail, -0.49997404))
+    p = gl.fma(tail, p, gl.full_like(tail, 0.99999982))
+    return gl.fma(tail, p, gl.maximum(v, 0.0))
+
+
+@gluon.jit
+def sigmoid(v):
+    return reciprocal(1.0 + exp_of_minus(v))
+
+
+@gluon.jit
+def chunk_of(slot, bounds, T, sequences, length, PACKED: gl.constexpr):
+    """-> (sequence, chunk within it, its number of chunks, first row of the sequence, first row, steps), rows int64.
+
+    Sequence s, which starts at row r, has the slots from r // length + s on; an empty one still has one.
+    """
+    if PACKED:
+        low = slot * 0
+        high = sequences
+        while low + 1 < high:
+            middle = (low + high) // 2
+            if gl.load(bounds + middle) // length + middle <= slot:
+                low = middle
+            else:
+                high = middle
+        sequence = low
+        start = gl.load(bounds + sequence)
+        total = gl.load(bounds + sequence + 1) - start
+        chunk = (slot - start // length - sequence).to(gl.int32)
+    else:
+        per_row = gl.maximum((T + length - 1) // length, 1)
+        sequence = slot // per_row
+        chunk = slot % per_row
+        start = sequence.to(gl.int64) * T
+        total = start * 0 + T
+    chunks = gl.maximum((total + length - 1) // length, 1).to(gl.int32)
+    first = start + chunk.to(gl.int64) * length
+    steps = gl.minimum(gl.maximum(start + total - first, 0), length).to(gl.int32)
+    return sequence, chunk, chunks, start, first, steps
+
+
+@gluon.jit
+def state_offsets():
+    """Offsets of a block's states in `[E N]`, and its channels, in the layout of states."""
+    e = gl.arange(0, CHANNELS, layout=gl.SliceLayout(0, STATES_LAYOUT))
+    n = gl.arange(0, STATES, layout=gl.SliceLayout(1, STATES_LAYOUT))
+    return e[None, :] * STATES + n[:, None], e
+
+
+@gluon.jit
+def tile_rows(pointer, offsets, mask):
+    return gl.load(pointer + offsets, mask=mask, other=0.0)

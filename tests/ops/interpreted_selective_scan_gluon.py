@@ -1,0 +1,69 @@
+"""The Gluon kernels of `selective_scan` on CPU tensors, emulated, against the float64 reference.
+
+Run by `test_triton_interpreted.py` in a process of its own: the sums over programs are Triton's, interpreted.
+"""
+
+import pytest
+import torch
+
+from milonga.ops.selective_scan import gluon
+from milonga.segments import Segments
+from tests.ops.interpreted_selective_scan import ORDER, check, scan
+from tests.ops.selective_scan_gluon_emulator import Emulated
+from tests.ops.test_selective_scan import OPTIONAL, make
+
+
+@pytest.fixture(autouse=True)
+def emulated(monkeypatch):
+    monkeypatch.setattr(gluon, "suits", lambda x, A: A.shape[1] == gluon.STATES)
+    for module, kernel in (
+        (gluon.gluon_forward, "scan_forward"),
+        (gluon.gluon_backward, "scan_backward"),
+        (gluon.gluon_backward, "scan_back_ends"),
+    ):
+        monkeypatch.setattr(module, kernel, Emulated(getattr(module, kernel)))
+    # chunks of 32 steps where there are few programs
+    monkeypatch.setattr(gluon, "SHORTEST", 32)
+
+
+@pytest.mark.parametrize("shape", [(1, 0, 5), (1, 1, 33), (1, 35, 65)])
+def test_matches_reference(shape: tuple[int, int, int]) -> None:
+    check(make(*shape, 16))
+
+
+@pytest.mark.parametrize("absent", [OPTIONAL, ("z",), ("initial", "D")])
+def test_options_may_be_absent(absent: tuple[str, ...]) -> None:
+    check({name: value for name, value in make(1, 6, 6, 16).items() if name not in absent})
+
+
+def test_whole_sequences(monkeypatch) -> None:
+    monkeypatch.setattr(gluon, "ENOUGH", 0)
+    monkeypatch.setattr(gluon, "ENOUGH_BACKWARD", 0)
+    check(make(2, 35, 20, 16))
+
+
+def test_parts(monkeypatch) -> None:
+    monkeypatch.setattr(gluon, "SHORTEST", 64)
+    monkeypatch.setattr(gluon, "WORKSPACE", 1000)
+    check(make(1, 70, 20, 16))
+
+
+@pytest.mark.parametrize("lengths", [(0,), (0, 35, 0, 33)])
+def test_packed(lengths: tuple[int, ...]) -> None:
+    segments = Segments.from_lengths(lengths)
+    check(make(1, segments.total, 20, 16, segments.count), segments)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision(dtype: torch.dtype) -> None:
+    inputs = make(1, 5, 24, 16)
+    exact = [value.double().requires_grad_() for value in inputs.values()]
+    low = [v.to(dtype) if name in ("x", "dt", "B", "C", "z") else v for name, v in inputs.items()]
+    low = [value.requires_grad_() for value in low]
+    for leaves in (exact, low):
+        assert len(leaves) == len(ORDER)
+    y, final = scan(ORDER)(*low)
+    assert y.dtype == dtype
+    gradients = torch.autograd.grad([y.float().sum(), final.sum()], low)
+    assert [g.dtype for g in gradients] == [v.dtype for v in low]
+    assert all(bool(g.isfinite().all()) for g in gradients)
