@@ -12,6 +12,7 @@ import pytest
 from milonga.cli import generate as generate_module
 from milonga.cli import main
 from milonga.cli.generate import run_generate
+from milonga.cli.speculation import speculation_of
 from milonga.errors import UserError
 from milonga.inference import Sampling, load
 from milonga.models.pretrained import save_weights
@@ -165,3 +166,40 @@ def test_a_reader_that_goes_ends_it_quietly(model):
         process.stdout.close()
         assert process.stderr.read() == b""
         assert process.wait(60) == 0
+
+
+@pytest.fixture(scope="module")
+def subwords(tmp_path_factory):
+    lm = opinionated_subwords()
+    path = tmp_path_factory.mktemp("subwords") / "model.safetensors"
+    save_weights(lm.network, path, {"codec": lm.codec.name, "tokenizer": lm.codec.digest})
+    lm.codec.save(path.with_name("tokenizer.json"))
+    return str(path)
+
+
+def test_speculation_writes_what_plain_decoding_writes(model, subwords, capsys):
+    for drafter in ("ngram", model, subwords):
+        options = ["--prompt", "once", "--bytes", "30", "--device", "cpu", "--json"]
+        options += ["--drafter", drafter, "--rule", "greedy", "--draft", "5"]
+        assert main.run(["generate", model, *options]) == 0
+        facts = json.loads(capsys.readouterr().out)
+        assert facts["text"] == expected(model, b"once", 30, temperature=0)
+        told = facts["speculation"]
+        assert (told["rule"], told["lossless"], told["draft"]) == ("greedy", True, 5)
+        assert 0 <= told["accepted"] <= told["drafted"] and told["verifications"] <= 29
+        assert told["bytes_per_verification"] == pytest.approx(29 / told["verifications"])
+        if drafter == model:
+            assert told["acceptance"] == 1
+    assert generate(model, speculation=speculation_of("ngram", None, None)) == 0
+    assert len(capsys.readouterr().out.encode("utf-8", "replace")) > 0
+
+
+def test_what_cannot_be_speculated_is_said(model, subwords):
+    with pytest.raises(UserError, match="name a run that drafts with --drafter"):
+        speculation_of(None, "exact", None)
+    with pytest.raises(UserError, match="--rule: must be one of exact, greedy, top_k, got 'fast'"):
+        speculation_of("ngram", "fast", None)
+    with pytest.raises(UserError, match="has to be a model of bytes"):
+        generate(subwords, speculation=speculation_of("ngram", None, None))
+    with pytest.raises(UserError, match="not known of drafted bytes"):
+        generate(model, json_=True, logprobs=0, speculation=speculation_of("ngram", None, None))

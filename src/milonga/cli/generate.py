@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator
 
 from milonga.cli import console
 from milonga.cli.sampling_options import end_at
+from milonga.cli.speculation import CONTEXT, Speculation, decoder_of, speculation_facts
 from milonga.errors import UserError
 from milonga.inference import Generation, LanguageModel, Sampling, Session, load
 
@@ -24,6 +25,7 @@ def run_generate(
     state: str | None = None,
     save: str | None = None,
     logprobs: int | None = None,
+    speculation: Speculation | None = None,
 ) -> int:
     """Feed the prompt and write what follows: the text alone (on a terminal without control characters), or one JSON
     object.
@@ -41,6 +43,7 @@ def run_generate(
         state: a state file to go on from.
         save: where to save the state afterwards.
         logprobs: with `json_`, also the log-probabilities and so many alternatives.
+        speculation: what drafts, and which rule accepts; None for plain decoding.
 
     Raises:
         UserError: if there is no model at `run`, the prompt is not UTF-8, a setting is out of range, or a state file
@@ -48,15 +51,25 @@ def run_generate(
     """
     if logprobs is not None and not json_:
         raise UserError("--logprobs: are part of the JSON; give --json too")
+    if logprobs is not None and speculation is not None:
+        raise UserError("--logprobs: are not known of drafted bytes; leave --drafter out")
     lm = load(run, device=device)
+    decoder = None if speculation is None else decoder_of(lm, speculation)
     session = lm.session(state)
     before = session.bytes_read
-    _read(lm, session, _prompt(prompt, fresh=state is None))
+    context = _read(lm, session, _prompt(prompt, fresh=state is None))
     read = session.bytes_read - before
-    generation = session.generate(bytes_, sampling, logprobs=logprobs)
+    generation: Generation[str]
+    if decoder is None:
+        generation = session.generate(bytes_, sampling, logprobs=logprobs)
+    else:
+        generation = decoder.generate(session, bytes_, sampling, context=context)
     if json_:
         text = "".join(_ending(generation, bytes_))
-        console.print_json(_facts(session, generation, text, read))
+        facts = _facts(session, generation, text, read)
+        if decoder is not None:
+            facts["speculation"] = speculation_facts(decoder)
+        console.print_json(facts)
     else:
         _stream(_ending(generation, bytes_))
     if save is not None:
@@ -103,21 +116,23 @@ def _facts(session: Session, generation: Generation[str], text: str, read: int) 
     return facts
 
 
-def _read(lm: LanguageModel, session: Session, prompt: Iterator[bytes]) -> None:
-    """Feed a prompt of any length, showing how far it has been read where that takes long."""
+def _read(lm: LanguageModel, session: Session, prompt: Iterator[bytes]) -> bytes:
+    """Feed a prompt of any length, showing how far it has been read where that takes long: -> its last bytes."""
     parts = lm.codec.cut(prompt, _BLOCK)
-    read = 0
+    read, last = 0, b""
     for part in parts:
         session.feed(part)
-        read += len(part)
+        read, last = read + len(part), (last + part)[-CONTEXT:]
         if read > _LONG:
             break
     else:
-        return
+        return last
     with console.progress("reading", unit="bytes", start=read) as bar:
         for part in parts:
             session.feed(part)
+            last = (last + part)[-CONTEXT:]
             bar.advance(len(part))
+    return last
 
 
 def _prompt(prompt: str, *, fresh: bool) -> Iterator[bytes]:

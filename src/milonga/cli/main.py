@@ -32,11 +32,17 @@ from milonga.cli.options import (
     Ban,
     Begin,
     Device,
+    Draft,
+    Drafter,
+    HeldoutTexts,
     Json,
+    LearnFrom,
     Load,
+    Logprobs,
     MinP,
     RepetitionPenalty,
     RepetitionWindow,
+    Rule,
     Run,
     Seed,
     Stop,
@@ -179,21 +185,24 @@ def generate(
     seed: Seed = 0,
     load: Load = None,
     save: Annotated[str | None, typer.Option(help="Save the state afterwards.", metavar="FILE")] = None,
-    logprobs: Annotated[
-        int | None,
-        typer.Option(help="With --json: log-probabilities of each token and its K likeliest.", min=0, metavar="K"),
-    ] = None,
+    logprobs: Logprobs = None,
+    drafter: Drafter = None,
+    rule: Rule = None,
+    draft: Draft = None,
     device: Device = None,
     json_: Json = False,
 ) -> None:
     """Stream a continuation of a prompt to stdout, in constant memory."""
     from milonga.cli.generate import run_generate
     from milonga.cli.sampling_options import sampling_of
+    from milonga.cli.speculation import speculation_of
 
     sampling = sampling_of(
         temperature, top_k, top_p, min_p, repetition_penalty, repetition_window, stop or [], ban, begin, utf8, seed
     )
-    _finish(run_generate(run, prompt, bytes_, sampling, device, json_, state=load, save=save, logprobs=logprobs))
+    asked = speculation_of(drafter, rule, draft)
+    files = {"state": load, "save": save}
+    _finish(run_generate(run, prompt, bytes_, sampling, device, json_, **files, logprobs=logprobs, speculation=asked))
 
 
 @app.command(short_help="A session in the terminal.", epilog=_example("milonga chat runs/demo"))
@@ -255,17 +264,10 @@ def _evaluate() -> None:
     epilog=_example("milonga tokenizer train --data my-texts/ --vocab-size 4096 --out tokenizer.json"),
 )
 def tokenizer_train(
-    data: Annotated[
-        list[str], typer.Option(help="Learn from this file, folder or glob; may be repeated.", metavar="PATH")
-    ],
+    data: LearnFrom,
     out: Annotated[str, typer.Option(help="The file to write.", metavar="FILE")],
     vocab_size: Annotated[int, typer.Option(help="Tokens, the 256 bytes included.", metavar="N")] = 4096,
-    heldout: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="Measure on these texts; may be repeated. [default: a twentieth of the data]", metavar="PATH"
-        ),
-    ] = None,
+    heldout: HeldoutTexts = None,
     seed: Annotated[int, typer.Option(help="Chooses what is held out, as training.seed does.")] = 0,
     text_field: Annotated[str, typer.Option(help="The field of .jsonl and .parquet files.", metavar="NAME")] = "text",
     json_: Json = False,

@@ -32,3 +32,32 @@ Ban = Annotated[str, typer.Option(help=r"Bytes that are never written, such as \
 Begin = Annotated[str, typer.Option(help="What the text must begin with.", metavar="TEXT")]
 Seed = Annotated[int, typer.Option(help="The same seed gives the same text.")]
 Load = Annotated[str | None, typer.Option("--load", help="Go on from this state file.", metavar="FILE")]
+Logprobs = Annotated[
+    int | None,
+    typer.Option(help="With --json: log-probabilities of each token and its K likeliest.", min=0, metavar="K"),
+]
+
+# What a tokenizer is learned from.
+LearnFrom = Annotated[
+    list[str], typer.Option(help="Learn from this file, folder or glob; may be repeated.", metavar="PATH")
+]
+HeldoutTexts = Annotated[
+    list[str] | None,
+    typer.Option(help="Measure on these texts; may be repeated. [default: a twentieth of the data]", metavar="PATH"),
+]
+
+# Speculative decoding.
+Drafter = Annotated[
+    str | None, typer.Option(help="Write faster: this smaller run drafts, or ngram: the text itself.", metavar="RUN")
+]
+Rule = Annotated[
+    str | None,
+    typer.Option(
+        help="With --drafter: exact (as plain sampling), greedy (as plain, the likeliest) or top_k (lossy). "
+        "[default: exact]",
+        metavar="RULE",
+    ),
+]
+Draft = Annotated[
+    int | None, typer.Option(help="With --drafter: bytes drafted at a time. [default: 8]", min=1, metavar="N")
+]

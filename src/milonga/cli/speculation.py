@@ -1,0 +1,68 @@
+"""Speculative decoding on the command line: what the options ask for, and what came of it."""
+
+from dataclasses import dataclass
+
+from milonga.errors import UserError
+from milonga.inference import LanguageModel, load
+from milonga.inference.acceptance import RULES, Rule
+from milonga.inference.drafters import NgramDrafter
+from milonga.inference.model_drafter import ModelDrafter
+from milonga.inference.speculative import DRAFT, SpeculativeDecoder
+from milonga.inference.speculative_rows import SpeculationStats
+
+NGRAM = "ngram"
+# The last bytes of a prompt, which the drafter reads too.
+CONTEXT = 1 << 16
+
+
+@dataclass(frozen=True)
+class Speculation:
+    """What `--drafter`, `--rule` and `--draft` say."""
+
+    drafter: str  # a run, or `ngram`
+    rule: Rule
+    draft: int
+
+
+def speculation_of(drafter: str | None, rule: str | None, draft: int | None) -> Speculation | None:
+    """What the options ask for; None without `--drafter`.
+
+    Raises:
+        UserError: if the others come without it, or there is no such rule.
+    """
+    if drafter is None:
+        for option, value in (("--rule", rule), ("--draft", draft)):
+            if value is not None:
+                raise UserError(f"{option}: says how to use a draft; name a run that drafts with --drafter, or ngram")
+        return None
+    for known in RULES:
+        if known == (rule or RULES[0]):
+            return Speculation(drafter, known, draft or DRAFT)
+    raise UserError(f"--rule: must be one of {', '.join(RULES)}, got '{rule}'")
+
+
+def decoder_of(lm: LanguageModel, asked: Speculation) -> SpeculativeDecoder:
+    """The decoder, its drafter on the verifier's device.
+
+    Raises:
+        UserError: if there is no model to draft with, or the two cannot work together.
+    """
+    model = None if asked.drafter == NGRAM else load(asked.drafter, device=lm.device)
+    drafter = NgramDrafter() if model is None else ModelDrafter(model)
+    return SpeculativeDecoder(lm, drafter, rule=asked.rule, draft=asked.draft)
+
+
+def speculation_facts(decoder: SpeculativeDecoder) -> dict[str, object]:
+    """What came of it; JSON-ready."""
+    stats: SpeculationStats = decoder.stats
+    return {
+        "rule": decoder.rule,
+        "lossless": decoder.rule != "top_k",
+        "draft": decoder.draft,
+        "drafted": stats.drafted,
+        "accepted": stats.accepted,
+        "acceptance": stats.acceptance,
+        "verifications": stats.verifications,
+        "bytes_per_verification": stats.bytes_per_verification,
+        "redone": stats.redone,
+    }
