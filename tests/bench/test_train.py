@@ -42,6 +42,7 @@ def trained(name, rate, gib):
     shape = training_shapes()[name]
     return TrainRow(
         shape=shape,
+        who="milonga",
         precision="bf16",
         compiled=True,
         parameters=1,

@@ -7,12 +7,15 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from torch import nn
 
 from milonga.bench.ceilings import Ceilings
 from milonga.bench.demands import CHIP, TRAIN, judged
 from milonga.bench.figures import Figure, number
 from milonga.bench.models import TrainingShape, product_flops
+from milonga.bench.peers import one_line, peer_models
 from milonga.bench.result import Bar, Bars, BenchResult, Progress, Table, silent
+from milonga.bench.study import forget
 from milonga.bench.timing import synchronize
 from milonga.data.windows import Batch
 from milonga.errors import UserError
@@ -24,6 +27,7 @@ _DTYPE = {"fp32": torch.float32, "bf16": torch.bfloat16}
 # Positions at which the arithmetic of a token is looked up and averaged.
 _SAMPLES = 257
 _GIB = 2**30
+OURS = "milonga"
 
 
 @dataclass(frozen=True)
@@ -31,6 +35,7 @@ class TrainRow:
     """One model's training step."""
 
     shape: TrainingShape
+    who: str  # `milonga`, or a peer's package
     precision: Precision
     compiled: bool
     parameters: int
@@ -59,6 +64,7 @@ class TrainRow:
         """Times in milliseconds, memory in bytes."""
         return {
             "model": self.shape.name,
+            "who": self.who,
             "parameters": self.parameters,
             "vocab_size": self.shape.config.vocab_size,
             "batch": self.shape.batch,
@@ -113,6 +119,26 @@ def step_of(
     return step, sum(parameter.numel() for parameter in network.parameters())
 
 
+def peer_step(
+    model: nn.Module, shape: TrainingShape, device: torch.device, precision: Precision
+) -> tuple[Callable[[], float], int]:
+    """A peer's model with PyTorch's fused AdamW, clipping and, for bf16, autocast, as one trains it."""
+    model.to(device).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+    tokens = random_batch(shape, device).tokens
+
+    def step() -> float:
+        optimizer.zero_grad(set_to_none=True)
+        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+            loss = model(tokens)
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        return float(loss.detach())
+
+    return step, sum(parameter.numel() for parameter in model.parameters())
+
+
 def counted_flops(shape: TrainingShape) -> float:
     """FLOPs of a training step by the library's own accounting, averaged over the positions of a row."""
     last = shape.length - 1
@@ -143,33 +169,36 @@ def _blocks(
 
 def _row(
     shape: TrainingShape,
-    device: torch.device,
+    who: str,
+    make: Callable[[], tuple[Callable[[], float], int]],
     precision: Precision,
-    compile_: bool,
+    compiled: bool,
     budget: float,
     ceilings: Ceilings,
     say: Callable[[str], None],
 ) -> TrainRow:
+    device = ceilings.device
+    forget()
     if device.type == "cuda":
-        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
-    say(f"{shape.name}: the first step, kernels are compiled where they are new")
+    say(f"{shape.name}, {who}: the first step, kernels are compiled where they are new")
     began = time.perf_counter()
-    step, parameters = step_of(shape, device, precision, compile_)
+    step, parameters = make()
     built = time.perf_counter()
     step()
     synchronize(device)
     first = time.perf_counter() - built
     step()
-    say(f"{shape.name}: {parameters / 1e6:.0f}M parameters, timing (set up in {built - began:.0f} s)")
+    say(f"{shape.name}, {who}: {parameters / 1e6:.0f}M parameters, timing (set up in {built - began:.0f} s)")
     times, steps, loss = _blocks(step, device, budget, least=3)
     middle = statistics.median(times)
     rate = ceilings.product(_DTYPE[precision])
     tokens = shape.batch * shape.length
     return TrainRow(
         shape=shape,
+        who=who,
         precision=precision,
-        compiled=compile_,
+        compiled=compiled,
         parameters=parameters,
         seconds=middle,
         spread=(max(times) - min(times)) / 2 / middle,
@@ -184,6 +213,30 @@ def _row(
     )
 
 
+def _peer_rows(
+    shape: TrainingShape, precision: Precision, budget: float, ceilings: Ceilings, say: Callable[[str], None]
+) -> tuple[list[TrainRow], list[str]]:
+    """The same shape in other packages: -> (rows, why others are left out)."""
+    device = ceilings.device
+    rows: list[TrainRow] = []
+    notes: list[str] = []
+    for package, model in peer_models(shape.config, device.type):
+        if isinstance(model, str):
+            notes.append(f"{package} is installed but could not be used: {model}")
+            continue
+
+        def make(model: nn.Module = model) -> tuple[Callable[[], float], int]:
+            return peer_step(model, shape, device, precision)
+
+        try:
+            rows.append(_row(shape, package, make, precision, False, budget, ceilings, say))
+        except torch.OutOfMemoryError:
+            notes.append(f"{package} was left out at {shape.name}: out of memory")
+        except Exception as error:  # a peer's fault must not end the measurement
+            notes.append(f"{package} was left out at {shape.name}: {one_line(error)}")
+    return rows, notes
+
+
 def bench_train(
     shapes: Sequence[TrainingShape],
     device: torch.device,
@@ -191,9 +244,14 @@ def bench_train(
     *,
     compile_: bool,
     budget: float = 6.0,
+    peers: bool = True,
     progress: Progress = silent,
 ) -> BenchResult:
-    """Time the library's training step of each model, `budget` seconds or three blocks of steps each."""
+    """Time the library's training step of each model, `budget` seconds or three blocks of steps each, and peers'.
+
+    Raises:
+        UserError: if the only model does not fit into memory.
+    """
     ceilings = Ceilings(device)
     progress(0, len(shapes), "what the machine can do")
     ceilings.product(_DTYPE[precision])
@@ -204,14 +262,21 @@ def bench_train(
         def say(text: str, index: int = index) -> None:
             progress(index, len(shapes), text)
 
+        def ours(shape: TrainingShape = shape) -> tuple[Callable[[], float], int]:
+            return step_of(shape, device, precision, compile_)
+
         try:
-            rows.append(_row(shape, device, precision, compile_, budget, ceilings, say))
+            rows.append(_row(shape, OURS, ours, precision, compile_, budget, ceilings, say))
         except torch.OutOfMemoryError as error:
             if len(shapes) == 1:
                 raise UserError(
                     f"{shape.name}: out of memory at batch {shape.batch} x {shape.length}; give a smaller --batch"
                 ) from error
             notes.append(f"{shape.name} was left out: out of memory at batch {shape.batch} x {shape.length}")
+        if peers:
+            beside, reasons = _peer_rows(shape, precision, budget, ceilings, say)
+            rows += beside
+            notes += reasons
     progress(len(shapes), len(shapes), "")
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
     settings = {
@@ -240,6 +305,8 @@ def figures_of(rows: Sequence[TrainRow], gpu: str | None) -> list[Figure]:
     """Rates and memory with what is asked of them on one H100 at the shapes of record."""
     made = []
     for row in rows:
+        if row.who != OURS:
+            continue
         asked = TRAIN.get((row.shape.name, row.shape.batch, row.shape.length))
         if gpu is None or CHIP not in gpu or row.precision != "bf16":
             asked = None
@@ -249,11 +316,27 @@ def figures_of(rows: Sequence[TrainRow], gpu: str | None) -> list[Figure]:
         if row.peak_bytes is not None:
             memory = asked.memory if asked else None
             made.append(judged(f"{what}: peak memory", row.peak_bytes / _GIB, "GiB", memory, at_least=False))
+        beside = [other for other in rows if other.shape == row.shape and other.who != OURS]
+        if beside:
+            best = max(beside, key=lambda other: other.rate)
+            made.append(Figure(f"{what}, against {best.who}", row.rate / best.rate, None, "x"))
     return made
 
 
 def _table(rows: Sequence[TrainRow], title: str) -> Table:
-    headings = ("model", "batch", "rate", "step, ms", "spread", "floor, ms", "reached", "6ND", "counted", "memory")
+    headings = (
+        "model",
+        "who",
+        "batch",
+        "rate",
+        "step, ms",
+        "spread",
+        "floor, ms",
+        "reached",
+        "6ND",
+        "counted",
+        "memory",
+    )
     shown = []
     for row in rows:
         facts = row.to_json()
@@ -261,6 +344,7 @@ def _table(rows: Sequence[TrainRow], title: str) -> Table:
         shown.append(
             (
                 f"{row.shape.name} ({row.parameters / 1e6:,.3g}M)",
+                row.who,
                 f"{row.shape.batch} x {row.shape.length}",
                 f"{row.rate:,.0f} {unit}",
                 number(row.seconds * 1e3),
@@ -272,18 +356,17 @@ def _table(rows: Sequence[TrainRow], title: str) -> Table:
                 "-" if row.peak_bytes is None else f"{row.peak_bytes / _GIB:.1f} GiB",
             )
         )
-    return Table(title, headings, shown, right=(2, 3, 4, 5, 6, 7, 8, 9))
+    own = [index for index, row in enumerate(rows) if row.who == OURS]
+    return Table(title, headings, shown, right=(3, 4, 5, 6, 7, 8, 9, 10), own=own)
 
 
 def _plots(rows: Sequence[TrainRow]) -> list[Bars]:
-    groups = [
-        (
-            f"{row.shape.name}, {row.shape.batch} x {row.shape.length}",
-            [
-                Bar("matrix products alone", row.floor * 1e3, "second"),
-                Bar(f"a step: {row.rate:,.0f} a second", row.seconds * 1e3, "model"),
-            ],
-        )
-        for row in rows
-    ]
-    return [Bars("A training step beside its matrix products", "milliseconds", groups)] if groups else []
+    groups: dict[str, list[Bar]] = {}
+    for row in rows:
+        bars = groups.setdefault(f"{row.shape.name}, {row.shape.batch} x {row.shape.length}", [])
+        if not bars:
+            bars.append(Bar("matrix products alone", row.floor * 1e3, "second"))
+        kind = "model" if row.who == OURS else "other"
+        bars.append(Bar(f"{row.who}: {row.rate:,.0f} a second", row.seconds * 1e3, kind))
+    title = "A training step beside its matrix products"
+    return [Bars(title, "milliseconds", list(groups.items()))] if groups else []

@@ -95,6 +95,7 @@ def train(
         bool | None, typer.Option("--compile/--no-compile", help="Run through torch.compile. [default: on a GPU]")
     ] = None,
     seconds: Annotated[float, typer.Option(help="How long steps of a model are timed.", min=0)] = 6.0,
+    peers: Peers = True,
     device: Device = None,
     json_: Json = None,
     out: Out = None,
@@ -104,7 +105,7 @@ def train(
     from milonga.cli.bench_run import Outputs, run_bench_train
 
     outputs = Outputs(json_, out, plot)
-    _finish(run_bench_train(preset or [], recipe, batch, length, precision, compile_, seconds, device, outputs))
+    _finish(run_bench_train(preset or [], recipe, batch, length, precision, compile_, seconds, peers, device, outputs))
 
 
 Models = Annotated[

@@ -119,6 +119,7 @@ def run_bench_train(
     precision: str | None,
     compile_: bool | None,
     seconds: float,
+    peers: bool,
     device: str | None,
     outputs: Outputs,
 ) -> int:
@@ -151,6 +152,7 @@ def run_bench_train(
             "bf16" if chosen == "bf16" else "fp32",
             compile_=on_gpu if compile_ is None else compile_,
             budget=seconds,
+            peers=peers,
             progress=progress,
         )
     return finish(result, outputs)
