@@ -1,12 +1,14 @@
 """Training steps, timed on a tiny model."""
 
 import json
+import sys
 from dataclasses import replace
 
 import pytest
 import torch
+from torch import nn
 
-from milonga.bench import bench_train
+from milonga.bench import bench_train, peers, train
 from milonga.bench.demands import TRAIN
 from milonga.bench.models import training_shape, training_shapes
 from milonga.bench.train import TrainRow, counted_flops, figures_of
@@ -72,3 +74,36 @@ def test_rates_and_memory_are_judged_on_the_chip_they_are_asked_of():
 def test_demands_are_of_shapes_of_record():
     shapes = training_shapes()
     assert all((shapes[name].batch, shapes[name].length) == (batch, length) for name, batch, length in TRAIN)
+
+
+def test_models_of_packages_that_are_not_there_are_not_asked(monkeypatch):
+    monkeypatch.setattr(peers, "INSTALLED", dict.fromkeys(peers.PACKAGES, False))
+    assert list(peers.peer_models(TINY.config, "cpu")) == []
+
+
+def test_a_package_whose_models_cannot_be_loaded_is_named_with_the_reason(monkeypatch):
+    monkeypatch.setattr(peers, "INSTALLED", {**dict.fromkeys(peers.PACKAGES, False), "mamba_ssm": True})
+    monkeypatch.setitem(sys.modules, "mamba_ssm", None)  # what a broken installation does: importing it fails
+    result = bench_train([TINY], CPU, "fp32", compile_=False, budget=0)
+    assert [row["who"] for row in result.rows] == ["milonga"]
+    assert result.notes[0].startswith("mamba_ssm is installed but could not be used: ModuleNotFoundError")
+
+
+def test_a_peer_is_trained_and_compared(monkeypatch):
+    """A model of PyTorch's own in a peer's place: the same batch, its own count of parameters."""
+
+    class Bigram(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table = nn.Embedding(256, 256)
+
+        def forward(self, tokens):
+            return nn.functional.cross_entropy(self.table(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
+
+    monkeypatch.setattr(train, "peer_models", lambda config, device: [("bigram", Bigram())])
+    result = bench_train([TINY], CPU, "fp32", compile_=False, budget=0)
+    ours, other = result.rows
+    assert (ours["who"], other["who"], other["parameters"]) == ("milonga", "bigram", 256 * 256)
+    assert other["loss"] > 0
+    assert result.figures[-1].what.endswith("against bigram")
+    assert result.figures[-1].measured == pytest.approx(ours["tokens_per_second"] / other["tokens_per_second"])
