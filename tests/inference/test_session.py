@@ -2,6 +2,8 @@
 
 import subprocess
 import sys
+from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -310,6 +312,49 @@ def test_rewinding_forgets_what_was_read_since(name):
         s.rewind(mark)
     with pytest.raises(ValueError, match="another model"):
         opinionated(seed=1).session().rewind(mark)
+
+
+def test_progress_tells_the_bytes_of_this_call(small_pieces):
+    s, seen = LM.session(), []
+    s.feed(TEXT[:70])
+    s.feed(TEXT, progress=seen.append)
+    assert seen[-1] == len(TEXT)
+    assert seen == sorted(set(seen))
+    assert max(b - a for a, b in pairwise([0, *seen])) <= 50
+    again = []
+    s.score(TEXT, progress=again.append)
+    assert again[-1] == len(TEXT)
+
+
+@given(st.integers(0, 5000), st.integers(0, 3000))
+@settings(max_examples=50)
+def test_pieces_end_at_multiples_and_come_in_few_lengths(before, count):
+    """On a CPU: whole pieces, powers of two, or shorter than 8, so that few products are compiled and kept."""
+    s, ids = LM.session(), np.zeros(count, np.uint8)
+    s._here = replace(s.mark(), position=before)
+    lengths = []
+    for piece in s._pieces(ids, 256):
+        lengths.append(len(piece))
+        s._here = replace(s.mark(), position=s.position + len(piece))
+    assert sum(lengths) == count
+    assert all(length in (8, 16, 32, 64, 128, 256) or length < 8 for length in lengths)
+    reached = set(np.cumsum([before, *lengths]).tolist())
+    assert set(range(-(-before // 256) * 256, before + count + 1, 256)) <= reached
+
+
+def test_a_gpu_reads_in_longer_pieces():
+    assert session_module.piece_length(torch.device("cpu")) == 256
+    assert session_module.piece_length(torch.device("cuda", 1)) == 8192
+
+
+def test_ids_may_be_read_and_are_checked():
+    s, t = LM.session(), LM.session()
+    s.read_ids(np.frombuffer(TEXT[:90], np.uint8))
+    t.feed(TEXT[:90])
+    assert same_place(s, t)
+    with pytest.raises(UserError, match="256"):
+        s.read_ids(np.array([256]))
+    assert s.position == 90
 
 
 def test_an_interrupted_feed_leaves_a_session_behind_a_whole_piece(small_pieces, monkeypatch):
