@@ -122,6 +122,7 @@ class Attention(Layer):
     def __init__(self, d_model: int, config: AttentionConfig):
         super().__init__()
         self.config = config
+        self.deterministic = True  # whether gradients are the same bits on every run, see `window_attention`
         self.heads, self.groups, self.width = config.shape(d_model)
         fused = (self.heads + 2 * self.groups) * self.width
         self.qkv_proj = Linear(d_model, fused)
@@ -143,7 +144,15 @@ class Attention(Layer):
         q, k, v, columns = self._project(x, state, segments)
         past_k, past_v = (state.k.to(k.dtype), state.v.to(v.dtype)) if state is not None else (None, None)
         y = window_attention(
-            q, k, v, window=self.config.window, past_k=past_k, past_v=past_v, position=start, segments=segments
+            q,
+            k,
+            v,
+            window=self.config.window,
+            past_k=past_k,
+            past_v=past_v,
+            position=start,
+            segments=segments,
+            deterministic=self.deterministic,
         )
         return self.out_proj(y.flatten(2)), AttentionTrace(k, v, columns, segments)
 

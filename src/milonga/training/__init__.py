@@ -8,7 +8,7 @@ from milonga.training.optimizer import Optimizer, OptimizerConfig, build_optimiz
 from milonga.training.report import Progress, TrainingResult
 from milonga.training.schedule import ScheduleConfig, learning_rate
 from milonga.training.signals import Interrupted
-from milonga.training.start import stored_config
+from milonga.training.start import apply_training, stored_config
 from milonga.training.step import StepResult, training_step
 
 __all__ = [
@@ -22,6 +22,7 @@ __all__ = [
     "StepResult",
     "TrainingConfig",
     "TrainingResult",
+    "apply_training",
     "build_optimizer",
     "learning_rate",
     "list_checkpoints",

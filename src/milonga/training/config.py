@@ -48,6 +48,8 @@ class TrainingConfig(BaseModel):
             `gate`, `conv`, `dt`, `rotary`, `cast` (weights in bf16). It changes no number.
         residual: dtype of the residual stream where `precision` is bf16: `fp32` as in the papers' code, or `bf16`, which
             takes less memory and time.
+        deterministic: the same bits on every run. False lets full attention on a GPU take a library's backward pass,
+            which is faster and sums in another order each time.
         compile: run the network through `torch.compile`.
         tensorboard: also write TensorBoard event files (extra `tensorboard`).
     """
@@ -70,6 +72,7 @@ class TrainingConfig(BaseModel):
     device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
     recompute: tuple[Cheap, ...] = ()
     residual: Literal["fp32", "bf16"] = "fp32"
+    deterministic: bool = True
     compile: bool = False
     tensorboard: bool = False
 

@@ -13,11 +13,12 @@ from milonga.data.text import ByteCodec, TextCodec
 from milonga.data.windows import WindowSampler
 from milonga.errors import UserError
 from milonga.files import ensure_folder, remove_partials, write_atomically
+from milonga.layers import Attention
 from milonga.models import Network, NetworkState
 from milonga.models.pretrained import load_tensors, read_config, read_header
 from milonga.state import from_flat
 from milonga.training.checkpoint import CHECKPOINTS, Checkpoint, Position, last_checkpoint, remove_remains
-from milonga.training.config import RunConfig, changed_keys
+from milonga.training.config import RunConfig, TrainingConfig, changed_keys
 from milonga.training.heldout import HeldOut
 from milonga.training.metrics import check_tensorboard
 from milonga.training.optimizer import Optimizer, build_optimizer
@@ -100,8 +101,7 @@ def open_run(config: RunConfig, folder: Path, device: torch.device, *, resume: b
             "restore the files, or start a new run in another folder"
         )
     network = config.model.build(seed=config.training.seed, device=device)
-    network.recompute = config.training.recompute
-    network.residual_dtype = torch.bfloat16 if config.training.residual == "bf16" else None
+    apply_training(network, config.training)
     if checkpoint is not None:
         _load_weights(network, checkpoint, config)
     if config.training.steps is None:
@@ -119,6 +119,15 @@ def open_run(config: RunConfig, folder: Path, device: torch.device, *, resume: b
     ensure_folder(folder / CHECKPOINTS)
     where = checkpoint.path if checkpoint is not None else None
     return Run(folder, config, device, network, optimizer, sampler, heldout, state, position, where)
+
+
+def apply_training(network: Network, training: TrainingConfig) -> None:
+    """Tell a network how it is to be trained: what it makes again, the dtype of its stream, the order of its sums."""
+    network.recompute = training.recompute
+    network.residual_dtype = torch.bfloat16 if training.residual == "bf16" else None
+    for layer in network.layers():
+        if isinstance(layer, Attention):
+            layer.deterministic = training.deterministic
 
 
 def _unused(config: RunConfig, folder: Path) -> None:
