@@ -16,6 +16,8 @@ STATES, CHANNELS = 16, 64
 PROGRAMS, PROGRAMS_BACKWARD = 528, 396
 ENOUGH, ENOUGH_BACKWARD = 190, 250
 SHORTEST = 128
+# Where chunks are long, the first pass takes shorter ones, of at least FINE steps: all multiprocessors end together.
+FINE = 384
 # fp32 numbers that the sums of dB and dC over blocks of channels may take. Beyond, time is walked in parts.
 WORKSPACE = 96 * 2**20
 # Registers a lane, for three programs a multiprocessor; four for the forward pass in chunks.
@@ -35,8 +37,8 @@ def suits(x: Tensor, A: Tensor) -> bool:
     return x.is_cuda and A.shape[1] == STATES and x.shape[2] > 0 and _capable(x.device.index)
 
 
-def _length(rows: int, sequences: int, packed: bool, blocks: int, enough: int, programs: int) -> int:
-    """Steps of a chunk, a multiple of the spacing of checkpoints.
+def _length(rows: int, sequences: int, packed: bool, blocks: int, enough: int, programs: int) -> tuple[int, int]:
+    """Steps of a chunk, and how many chunks the first pass makes of it: multiples of the spacing of checkpoints.
 
     How long packed sequences are is known on the GPU alone: they are taken for one.
     """
@@ -44,7 +46,8 @@ def _length(rows: int, sequences: int, packed: bool, blocks: int, enough: int, p
     parallel = blocks * (1 if packed else sequences)
     pieces = 1 if parallel >= enough else max(programs // max(parallel, 1), 1)
     steps = max(-(-longest // pieces), SHORTEST if pieces > 1 else 1)
-    return -(-steps // CHUNK) * CHUNK
+    finer = next((count for count in (8, 4, 2) if pieces > 1 and steps >= count * FINE), 1)
+    return -(-steps // (CHUNK * finer)) * CHUNK * finer, finer
 
 
 class _Plan:
@@ -56,16 +59,24 @@ class _Plan:
         self.sequences = self.batch if offsets is None else offsets.numel() - 1
         self.rows = self.batch * self.time
         self.blocks = -(-self.width // CHANNELS)
-        self.length = _length(self.rows, self.sequences, self.packed, self.blocks, enough, programs)
+        self.length, self.finer = _length(self.rows, self.sequences, self.packed, self.blocks, enough, programs)
         pieces = max(-(-self.time // self.length), 1)
         # every sequence has a slot more than it may need where sequences are packed
         self.slots = self.rows // self.length + self.sequences if self.packed else self.sequences * pieces
+        # of the first pass
+        fine = self.length // self.finer
+        pieces = max(-(-self.time // fine), 1)
+        self.fine_slots = self.rows // fine + self.sequences if self.packed else self.sequences * pieces
         self.chunked = (self.rows if self.packed else self.time) > self.length
         self.kept_step = checkpoint_shape(0, 0, self.width, STATES, False)[1]
 
     @property
     def programs(self) -> int:
         return self.slots * self.blocks
+
+    def ends(self, A: Tensor) -> tuple[Tensor, Tensor]:
+        """Room for what the first pass finds of each chunk."""
+        return A.new_empty(self.fine_slots, self.width, STATES), A.new_empty(self.fine_slots, self.width)
 
 
 def forward(
@@ -97,7 +108,8 @@ def forward(
     start = A if initial is None else initial.contiguous()
     outputs = (start, A if offsets is None else offsets, y, final, kept)
     sizes = (
-        plan.time, width, plan.sequences, plan.length, x_step, dt_step, z_step, B_step, C_step, plan.kept_step,
+        plan.time, width, plan.sequences, plan.length, plan.finer, x_step, dt_step, z_step, B_step, C_step,
+        plan.kept_step,
     )  # fmt: skip
     fixed = {
         "PACKED": plan.packed, "INITIAL": initial is not None, "D_": D is not None, "BIAS": dt_bias is not None,
@@ -106,8 +118,8 @@ def forward(
     }  # fmt: skip
     with torch.cuda.device_of(x):
         if plan.chunked:
-            ends, sums = A.new_empty(plan.slots, width, STATES), A.new_empty(plan.slots, width)
-            gluon_forward.scan_forward[(plan.programs,)](
+            ends, sums = plan.ends(A)
+            gluon_forward.scan_forward[(plan.fine_slots * plan.blocks,)](
                 *inputs, ends, sums, *outputs, *sizes, **fixed, STARTS=False, SAVE=False, ENDS=True, Z=False
             )
         gluon_forward.scan_forward[(plan.programs,)](
@@ -200,11 +212,11 @@ class _Launch:
         weight, bias = A if D is None else D, A if dt_bias is None else dt_bias
         ends = sums = A
         self.device = torch.cuda.device_of(x)
-        sizes = (plan.time, width, plan.sequences, plan.length)
+        sizes = (plan.time, width, plan.sequences, plan.length, plan.finer)
         if plan.chunked:
-            ends, sums = A.new_empty(plan.slots, width, STATES), A.new_empty(plan.slots, width)
+            ends, sums = plan.ends(A)
             with self.device:
-                gluon_backward.scan_back_ends[(plan.programs,)](
+                gluon_backward.scan_back_ends[(plan.fine_slots * plan.blocks,)](
                     upstream, dt, gate, C, A, bias, ends, sums, bounds, *sizes, gy_step, dt_step, z_step, C_step,
                     PACKED=plan.packed, Y=grad_y is not None, Z=z is not None, BIAS=dt_bias is not None,
                     EXACT=x.dtype == torch.float32, num_warps=4, maxnreg=_REGISTERS_CHUNKED,

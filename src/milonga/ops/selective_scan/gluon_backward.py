@@ -35,6 +35,8 @@ from milonga.ops.selective_scan.gluon_common import (
     chunk_of,
     decay_of,
     exp_of_minus,
+    first_slot,
+    fold,
     sigmoid,
     softplus,
     state_offsets,
@@ -108,9 +110,9 @@ def store_sums(pointer, partials, left):
     gl.store(pointer + i[:, None] * 8 + j[None, :], p, mask=(i // 4 < left)[:, None])
 
 
-@gluon.jit(do_not_specialize=["T", "sequences", "length"])
+@gluon.jit(do_not_specialize=["T", "sequences", "length", "finer"])
 def scan_back_ends(
-    grad_y, dt, z, C, A, dt_bias, ends, sums, bounds, T, E, sequences, length, gy_step, dt_step, z_step, C_step,
+    grad_y, dt, z, C, A, dt_bias, ends, sums, bounds, T, E, sequences, length, finer, gy_step, dt_step, z_step, C_step,
     PACKED: gl.constexpr, Y: gl.constexpr, Z: gl.constexpr, BIAS: gl.constexpr, EXACT: gl.constexpr,
 ):  # fmt: skip
     """The r that leaves each chunk but the first at its start, if none comes in at its end; sums of delta."""
@@ -118,8 +120,9 @@ def scan_back_ends(
     program = gl.program_id(0)
     slot = program // blocks
     channel = (program % blocks) * CHANNELS
-    _, chunk, _, _, first, steps = chunk_of(slot, bounds, T, sequences, length, PACKED)
-    if chunk == 0:
+    length = length // finer
+    _, chunk, _, _, _, first, steps = chunk_of(slot, bounds, T, sequences, length, PACKED)
+    if chunk < finer:
         steps = 0
     at, eh = state_offsets()
     at += channel * STATES
@@ -184,16 +187,17 @@ def scan_back_ends(
             g_k = rows_g.slice(k, 1, 0).load(STATES_LAYOUT)
             decay = decay_of(rows_d.slice(k, 1, 0).load(STATES_LAYOUT) * a2, EXACT)
             r = decay * gl.fma(g_k, turned_C.slice(k, 1, 1).load(STATES_LAYOUT), r)
-    if chunk > 0:
+    if chunk >= finer:
         gl.store(ends + slot.to(gl.int64) * E * STATES + at, r, mask=live)
         gl.store(sums + slot.to(gl.int64) * E + e, gl.sum(delta_sum, 0), mask=e < E)
 
 
-@gluon.jit(do_not_specialize=["T", "sequences", "length", "low", "high", "partial_rows"])
+@gluon.jit(do_not_specialize=["T", "sequences", "length", "finer", "low", "high", "partial_rows"])
 def scan_backward(
     grad_y, x, dt, z, B, C, A, D, dt_bias, ends, sums, grad_final, carried, bounds, kept,
     grad_x, grad_dt, grad_z, partials, grad_A, grad_D, grad_bias, grad_initial,
-    T, E, sequences, length, low, high, partial_rows, gy_step, x_step, dt_step, z_step, B_step, C_step, kept_step,
+    T, E, sequences, length, finer, low, high, partial_rows,
+    gy_step, x_step, dt_step, z_step, B_step, C_step, kept_step,
     PACKED: gl.constexpr, STARTS: gl.constexpr, FINAL: gl.constexpr, INITIAL: gl.constexpr, PARTS: gl.constexpr,
     Y: gl.constexpr, Z: gl.constexpr, D_: gl.constexpr, BIAS: gl.constexpr, EXACT: gl.constexpr,
 ):  # fmt: skip
@@ -207,7 +211,7 @@ def scan_backward(
     slot = program // blocks
     block = program % blocks
     channel = block * CHANNELS
-    sequence, chunk, chunks, origin, first, steps = chunk_of(slot, bounds, T, sequences, length, PACKED)
+    sequence, chunk, _, origin, total, first, steps = chunk_of(slot, bounds, T, sequences, length, PACKED)
     is_last = steps <= high
     steps = gl.minimum(steps, high) - low
     first += low
@@ -220,11 +224,10 @@ def scan_backward(
         if FINAL:
             r = gl.load(grad_final + sequence.to(gl.int64) * E * STATES + at, mask=live, other=0.0)
         if STARTS:
-            for i in range(chunks - 1 - chunk):
-                after = (slot + chunks - 1 - chunk - i).to(gl.int64) * E
-                total = gl.load(sums + after + channel + eh, mask=channel + eh < E, other=0.0)
-                end = gl.load(ends + after * STATES + at, mask=live, other=0.0)
-                r = gl.fma(decay_of(a2 * total[None, :], EXACT), r, end)
+            small = length // finer
+            pieces = ((total + small - 1) // small).to(gl.int32)
+            end = first_slot(sequence, origin, T, small, PACKED) + pieces - 1
+            r = fold(r, a2, ends, sums, end, pieces - (chunk + 1) * finer, E, channel, -1, EXACT)
     elif PARTS:
         r = gl.load(carried + slot.to(gl.int64) * E * STATES + at, mask=live, other=0.0)
 

@@ -89,7 +89,7 @@ def sigmoid(v):
 
 @gluon.jit
 def chunk_of(slot, bounds, T, sequences, length, PACKED: gl.constexpr):
-    """-> (sequence, chunk within it, its number of chunks, first row of the sequence, first row, steps), rows int64.
+    """-> (sequence, chunk within it, its number of chunks, the sequence's first row and steps, first row, steps).
 
     Sequence s, which starts at row r, has the slots from r // length + s on; an empty one still has one.
     """
@@ -115,7 +115,35 @@ def chunk_of(slot, bounds, T, sequences, length, PACKED: gl.constexpr):
     chunks = gl.maximum((total + length - 1) // length, 1).to(gl.int32)
     first = start + chunk.to(gl.int64) * length
     steps = gl.minimum(gl.maximum(start + total - first, 0), length).to(gl.int32)
-    return sequence, chunk, chunks, start, first, steps
+    return sequence, chunk, chunks, start, total, first, steps
+
+
+@gluon.jit
+def first_slot(sequence, start, T, length, PACKED: gl.constexpr):
+    """The first slot of a sequence that starts at row `start`, int64."""
+    if PACKED:
+        slot = start // length + sequence
+    else:
+        slot = sequence.to(gl.int64) * gl.maximum((T + length - 1) // length, 1)
+    return slot
+
+
+@gluon.jit
+def fold(state, a2, ends, sums, slot, count, E, channel, SIGN: gl.constexpr, EXACT: gl.constexpr):
+    """What `state` becomes after `count` chunks, from `slot` on in the direction SIGN, that end in `ends` from zero.
+
+    Four at a time, so that their loads are under way together.
+    """
+    at, eh = state_offsets()
+    inside = channel + eh < E
+    for i in range(0, count, 4):
+        for k in gl.static_range(4):
+            place = (slot + SIGN * (i + k)) * E + channel
+            more = inside & (i + k < count)
+            total = gl.load(sums + place + eh, mask=more, other=0.0)
+            end = gl.load(ends + place * STATES + at, mask=more[None, :] & (at >= 0), other=0.0)
+            state = gl.fma(decay_of(a2 * total[None, :], EXACT), state, end)
+    return state
 
 
 @gluon.jit

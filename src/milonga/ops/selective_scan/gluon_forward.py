@@ -15,6 +15,8 @@ from milonga.ops.selective_scan.gluon_common import (
     chunk_of,
     decay_of,
     exp_of_minus,
+    first_slot,
+    fold,
     sigmoid,
     softplus,
     state_offsets,
@@ -23,14 +25,16 @@ from milonga.ops.selective_scan.gluon_common import (
 )
 
 
-@gluon.jit(do_not_specialize=["T", "sequences", "length"])
+@gluon.jit(do_not_specialize=["T", "sequences", "length", "finer"])
 def scan_forward(
     x, dt, z, B, C, A, D, dt_bias, ends, sums, initial, bounds, y, final, kept,
-    T, E, sequences, length, x_step, dt_step, z_step, B_step, C_step, kept_step,
+    T, E, sequences, length, finer, x_step, dt_step, z_step, B_step, C_step, kept_step,
     PACKED: gl.constexpr, STARTS: gl.constexpr, INITIAL: gl.constexpr, SAVE: gl.constexpr, ENDS: gl.constexpr,
     Z: gl.constexpr, D_: gl.constexpr, BIAS: gl.constexpr, EXACT: gl.constexpr,
 ):  # fmt: skip
-    """With ENDS: the state that every chunk but the last ends in from zero, to `ends`, and its sum of delta, to `sums`.
+    """With ENDS: the state that a chunk ends in from zero, to `ends`, and its sum of delta, to `sums`.
+
+    There are `finer` of these chunks to one of the others, to keep the GPU busy to the end; the last need none.
 
     Else everything; with STARTS from the state that `ends` and `sums` of the earlier chunks give.
     """
@@ -38,9 +42,13 @@ def scan_forward(
     program = gl.program_id(0)
     slot = program // blocks
     channel = (program % blocks) * CHANNELS
-    sequence, chunk, chunks, origin, first, steps = chunk_of(slot, bounds, T, sequences, length, PACKED)
     if ENDS:
-        if chunk >= chunks - 1:
+        length = length // finer
+    sequence, chunk, chunks, origin, _, first, steps = chunk_of(slot, bounds, T, sequences, length, PACKED)
+    # of the last chunk nobody needs the end
+    wanted = chunk < (chunks - 1) // finer * finer
+    if ENDS:
+        if not wanted:
             steps = 0
     at, eh = state_offsets()
     at += channel * STATES
@@ -62,11 +70,8 @@ def scan_forward(
     if INITIAL and not ENDS:
         h = gl.load(initial + sequence.to(gl.int64) * E * STATES + at, mask=live, other=0.0)
     if STARTS:
-        for i in range(chunk):
-            before = (slot - chunk + i).to(gl.int64) * E
-            total = gl.load(sums + before + channel + eh, mask=channel + eh < E, other=0.0)
-            end = gl.load(ends + before * STATES + at, mask=live, other=0.0)
-            h = gl.fma(decay_of(a2 * total[None, :], EXACT), h, end)
+        fine = first_slot(sequence, origin, T, length // finer, PACKED)
+        h = fold(h, a2, ends, sums, fine, chunk * finer, E, channel, 1, EXACT)
 
     x += first * x_step
     dt += first * dt_step
@@ -154,7 +159,7 @@ def scan_forward(
             gl.store(y + out_at, out.to(y.dtype.element_ty), mask=(t < left)[:, None] & alive)
             y += TILE * E
     if ENDS:
-        if chunk < chunks - 1:
+        if wanted:
             gl.store(ends + slot.to(gl.int64) * E * STATES + at, h, mask=live)
             gl.store(sums + slot.to(gl.int64) * E + e, gl.sum(delta_sum, 0), mask=e < E)
     elif chunk == chunks - 1:

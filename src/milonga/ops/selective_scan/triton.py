@@ -90,10 +90,13 @@ class _Plan:
     def programs(self) -> int:
         return self.slots * self.blocks
 
-    def carry(self, ends: Tensor, sums: Tensor, A: Tensor, outer: Tensor | None, bounds: Tensor, reverse: bool) -> None:
+    def carry(
+        self, ends: Tensor, sums: Tensor, A: Tensor, outer: Tensor | None, bounds: Tensor, reverse: bool, exact: bool
+    ) -> None:
         triton_kernels.carry[(self.sequences * self.blocks,)](
             ends, sums, A, A if outer is None else outer, bounds, self.time, self.width, self.sequences, self.length,
-            N=self.padded, CH=self.block, PACKED=self.packed, OUTER=outer is not None, REVERSE=reverse, num_warps=1,
+            N=self.padded, CH=self.block, PACKED=self.packed, OUTER=outer is not None, REVERSE=reverse, EXACT=exact,
+            num_warps=1,
         )  # fmt: skip
 
 
@@ -125,7 +128,7 @@ def _steps(
                 A if initial is None else initial.contiguous(), A if offsets is None else offsets, y, final,
                 x.shape[1], width, x_step, dt_step, z_step, B_step, C_step, STATES=states, N=_states(states), CH=16,
                 PACKED=offsets is not None, INITIAL=initial is not None, Z=z is not None, D_=D is not None,
-                BIAS=dt_bias is not None, num_warps=1,
+                BIAS=dt_bias is not None, EXACT=x.dtype == torch.float32, num_warps=1,
             )  # fmt: skip
     return y, final, kept
 
@@ -162,8 +165,8 @@ def forward(
     starts = sums = A
     fixed = {
         "N": plan.padded, "STATES": plan.states, "SLOT": plan.slot_width, "CH": plan.block, "K": _AHEAD,
-        "SPACING": CHUNK, "PACKED": plan.packed, "D_": D is not None, "BIAS": dt_bias is not None, "num_warps": 1,
-        "num_stages": 1,
+        "SPACING": CHUNK, "PACKED": plan.packed, "D_": D is not None, "BIAS": dt_bias is not None,
+        "EXACT": x.dtype == torch.float32, "num_warps": 1, "num_stages": 1,
     }  # fmt: skip
     sizes = (plan.time, plan.width, plan.sequences, plan.length, x_step, dt_step, z_step)
     inputs = (x, dt, x if z is None else z, B, C, A, A if D is None else D, A if dt_bias is None else dt_bias)
@@ -174,7 +177,7 @@ def forward(
                 *inputs, A, A, bounds, y, starts, kept, sums, *sizes, **fixed,
                 STARTS=False, INITIAL=False, SAVE=False, ENDS=True, Z=False,
             )  # fmt: skip
-            plan.carry(starts, sums, A, initial, bounds, False)
+            plan.carry(starts, sums, A, initial, bounds, False, fixed["EXACT"])
         triton_kernels.scan_forward[(plan.programs,)](
             *inputs, starts, A if initial is None else initial, bounds, y, final, kept, sums, *sizes, **fixed,
             STARTS=plan.chunked, INITIAL=initial is not None, SAVE=save, ENDS=False, Z=z is not None,
@@ -257,7 +260,7 @@ def _launch_backward(
     sizes = (plan.time, plan.width, plan.sequences, plan.length)
     fixed = {
         "N": plan.padded, "CH": plan.block, "K": _AHEAD_BACKWARD, "PACKED": plan.packed, "Z": z is not None,
-        "BIAS": dt_bias is not None, "num_warps": 1, "num_stages": 1,
+        "BIAS": dt_bias is not None, "EXACT": x.dtype == torch.float32, "num_warps": 1, "num_stages": 1,
     }  # fmt: skip
     with torch.cuda.device_of(x):
         if plan.chunked:
@@ -266,7 +269,7 @@ def _launch_backward(
                 upstream, dt, gate, C, A, bias, bounds, ends, sums, *sizes, gy_step, dt_step, z_step,
                 Y=grad_y is not None, **fixed,
             )  # fmt: skip
-            plan.carry(ends, sums, A, grad_final, bounds, True)
+            plan.carry(ends, sums, A, grad_final, bounds, True, fixed["EXACT"])
         triton_kernels.scan_backward[(plan.programs,)](
             upstream, x, dt, gate, B, C, A, weight, bias, ends, A if grad_final is None else grad_final, bounds,
             kept, scratch, *outputs, plan.time, plan.width, plan.rows, plan.sequences, plan.length,

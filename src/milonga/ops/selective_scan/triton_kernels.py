@@ -31,6 +31,28 @@ def exp_of_minus(v):
 
 
 @triton.jit
+def decay_of(v, EXACT: tl.constexpr):
+    """2^v for v <= 0. With EXACT within 2.2e-7, the closer the nearer v is to an integer: no bias where it is almost 1.
+
+    The hardware's has a bias of about 1e-8 there, which a channel that remembers a thousand steps multiplies by that.
+    """
+    if EXACT:
+        v = tl.where(v < -126.0, -126.0, v)
+        # the rounded exponent in the low bits, and 127
+        shifted = v + 12583039.0
+        f = v - (shifted - 12583039.0)
+        p = tl.fma(f, 0.001333354, 0.0096662454)
+        p = tl.fma(f, p, 0.055505004)
+        p = tl.fma(f, p, 0.24022351)
+        p = tl.fma(f, p, 0.69314712)
+        p = tl.fma(f, p, 1.0)
+        v = p * (shifted.to(tl.int32, bitcast=True) << 23).to(tl.float32, bitcast=True)
+    else:
+        v = tl.exp2(v)
+    return v
+
+
+@triton.jit
 def softplus(v, tail):
     """log(1 + exp(v)) with `tail` = exp(-|v|), relatively accurate for very negative v too.
 
@@ -116,7 +138,7 @@ def scan_forward(
     T, E, sequences, length, x_step, dt_step, z_step,
     N: tl.constexpr, STATES: tl.constexpr, SLOT: tl.constexpr, CH: tl.constexpr, K: tl.constexpr,
     SPACING: tl.constexpr, PACKED: tl.constexpr, STARTS: tl.constexpr, INITIAL: tl.constexpr, SAVE: tl.constexpr,
-    ENDS: tl.constexpr, Z: tl.constexpr, D_: tl.constexpr, BIAS: tl.constexpr,
+    ENDS: tl.constexpr, Z: tl.constexpr, D_: tl.constexpr, BIAS: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """With ENDS: state only, from zero, to `final` (a row per slot) and sum of delta to `sums`. Else everything."""
     blocks = tl.cdiv(E, CH)
@@ -188,7 +210,7 @@ def scan_forward(
             delta = step_size(ds[k], bias, ok)
             value = xs[k].to(tl.float32)
             into = tl.load(B + k * N, mask=(n < N) & inside, other=0.0)
-            h = tl.fma(tl.exp2(delta[None, :] * a2), h, (delta * value)[None, :] * into[:, None])
+            h = tl.fma(decay_of(delta[None, :] * a2, EXACT), h, (delta * value)[None, :] * into[:, None])
             if ENDS:
                 total += delta
             else:
@@ -219,6 +241,7 @@ def scan_forward(
 def carry(
     ends, sums, A, outer, bounds, T, E, sequences, length,
     N: tl.constexpr, CH: tl.constexpr, PACKED: tl.constexpr, OUTER: tl.constexpr, REVERSE: tl.constexpr,
+    EXACT: tl.constexpr,
 ):  # fmt: skip
     """Replaces the ends of all chunks of a sequence by what enters each: from `outer` on, in the order of time.
 
@@ -245,14 +268,14 @@ def carry(
         end = tl.load(ends + at * N * E + tile, mask=mask & inner, other=0.0)
         total = tl.load(sums + at * E + e, mask=(e < E) & inner, other=0.0)
         tl.store(ends + at * N * E + tile, h, mask=mask)
-        h = tl.fma(tl.exp2(a2 * total[None, :]), h, end)
+        h = tl.fma(decay_of(a2 * total[None, :], EXACT), h, end)
 
 
 @triton.jit(do_not_specialize=["T", "E", "sequences", "length", "gy_step", "dt_step", "z_step"])
 def scan_back_ends(
     grad_y, dt, z, C, A, dt_bias, bounds, ends, sums, T, E, sequences, length, gy_step, dt_step, z_step,
     N: tl.constexpr, CH: tl.constexpr, K: tl.constexpr, PACKED: tl.constexpr, Y: tl.constexpr, Z: tl.constexpr,
-    BIAS: tl.constexpr,
+    BIAS: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """The gradient that leaves each chunk but the first at its start, if none comes in at its end; sums of delta."""
     blocks = tl.cdiv(E, CH)
@@ -307,7 +330,7 @@ def scan_back_ends(
                 gate = zs[k].to(tl.float32)
                 g *= gate / (1.0 + exp_of_minus(gate))
             out = tl.load(C + k * N, mask=(n < N) & inside, other=0.0)
-            r = tl.exp2(delta[None, :] * a2) * tl.fma(g[None, :], out[:, None], r)
+            r = decay_of(delta[None, :] * a2, EXACT) * tl.fma(g[None, :], out[:, None], r)
             total += delta
         C -= K * N
         gs = next_g
@@ -329,6 +352,7 @@ def scan_backward(
     N: tl.constexpr, STATES: tl.constexpr, SLOT: tl.constexpr, CH: tl.constexpr, K: tl.constexpr,
     SPACING: tl.constexpr, PACKED: tl.constexpr, STARTS: tl.constexpr, FINAL: tl.constexpr, INITIAL: tl.constexpr,
     Y: tl.constexpr, Z: tl.constexpr, D_: tl.constexpr, BIAS: tl.constexpr, PRECISION: tl.constexpr,
+    EXACT: tl.constexpr,
 ):  # fmt: skip
     """All gradients of a chunk. `SPACING` steps at a turn, from the last to the first.
 
@@ -399,7 +423,7 @@ def scan_backward(
                 delta = step_size(ds[k], bias, live & inside)
                 into = tl.load(B_at + k * N, mask=(n < N) & inside, other=0.0)
                 drive = delta * xs[k].to(tl.float32)
-                h = tl.fma(tl.exp2(delta[None, :] * a2), h, drive[None, :] * into[:, None])
+                h = tl.fma(decay_of(delta[None, :] * a2, EXACT), h, drive[None, :] * into[:, None])
             B_at += K * N
             xs = next_x
             ds = next_d
@@ -437,7 +461,7 @@ def scan_backward(
                 inside = step + k < steps
                 delta = step_size(rs[k], bias, live & inside)
                 into = tl.load(B_at + k * N, mask=(n < N) & inside, other=0.0)
-                decay = tl.exp2(delta[None, :] * a2)
+                decay = decay_of(delta[None, :] * a2, EXACT)
                 h = tl.fma(decay, h, (delta * xs[k].to(tl.float32))[None, :] * into[:, None])
                 deltas = deltas + (delta,)
                 decays = decays + (decay,)

@@ -8,14 +8,14 @@ a step costs.
 import triton
 import triton.language as tl
 
-from milonga.ops.selective_scan.triton_kernels import LOG2_E, exp_of_minus, step_size
+from milonga.ops.selective_scan.triton_kernels import LOG2_E, decay_of, exp_of_minus, step_size
 
 
 @triton.jit(do_not_specialize=["T"])
 def scan_steps(
     x, dt, z, B, C, A, D, dt_bias, initial, bounds, y, final, T, E, x_step, dt_step, z_step, B_step, C_step,
     STATES: tl.constexpr, N: tl.constexpr, CH: tl.constexpr, PACKED: tl.constexpr, INITIAL: tl.constexpr,
-    Z: tl.constexpr, D_: tl.constexpr, BIAS: tl.constexpr,
+    Z: tl.constexpr, D_: tl.constexpr, BIAS: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """STATES states a channel; N is the power of two above."""
     blocks = tl.cdiv(E, CH)
@@ -46,7 +46,7 @@ def scan_steps(
         delta = step_size(tl.load(dt + row * dt_step + e, mask=live, other=0.0), bias, live)
         into = tl.load(B + row * B_step + n, mask=known, other=0.0).to(tl.float32)
         out = tl.load(C + row * C_step + n, mask=known, other=0.0).to(tl.float32)
-        h = tl.fma(tl.exp2(delta[:, None] * a2), h, (delta * value)[:, None] * into[None, :])
+        h = tl.fma(decay_of(delta[:, None] * a2, EXACT), h, (delta * value)[:, None] * into[None, :])
         result = tl.fma(weight, value, tl.sum(h * out[None, :], 1))
         if Z:
             gate = tl.load(z + row * z_step + e, mask=live, other=0.0).to(tl.float32)
