@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+from milonga.evaluation.decoding import first_divergence
+from milonga.inference import LanguageModel, Sampling
 from milonga.inference.captured import CapturedRunner, Decoder
 from milonga.inference.runner import NetworkRunner
 from milonga.layers import AttentionConfig, MambaConfig, SwiGLUConfig
@@ -173,3 +175,30 @@ def test_a_moved_row_leaves_nothing_behind() -> None:
     decoder.clear(0)
     assert not any(tensor[0].any() for _, tensor in named_tensors(decoder.state))
     assert_same_state(decoder.take(1, 9)[0], state, 0.0)
+
+
+@every_model
+@pytest.mark.filterwarnings("ignore:.*deterministic")  # cumsum, whose order of sums on a GPU PyTorch does not promise
+@pytest.mark.parametrize("device", [False, True])
+def test_a_batch_writes_what_sessions_write(name: str, device: bool) -> None:
+    lm = LanguageModel(network_of(name))
+    batch, expected, texts = lm.batch(max_rows=3), {}, {}
+    for index, length in enumerate((0, 5, 40, 300)):
+        prompt = bytes(range(index, index + 5)) * (length // 5)
+        sampling = Sampling(temperature=(0.0, 0.8)[index % 2], top_k=(None, 9)[index == 3], seed=index)
+        session = lm.session()
+        session.feed(prompt)
+        expected[batch.join(prompt, sampling, 20 + 9 * index)] = b"".join(
+            session.generate_bytes(20 + 9 * index, sampling)
+        )
+    while batch.rows or batch.waiting:
+        for event in batch.run(7) if device else batch.step():
+            texts[event.ticket] = texts.get(event.ticket, b"") + event.data
+    assert texts == expected
+
+
+@every_model
+@pytest.mark.filterwarnings("ignore:.*deterministic")
+def test_exact_batches_do_not_diverge(name: str) -> None:
+    lm = LanguageModel(network_of(name, torch.bfloat16))
+    assert first_divergence(lm, texts=4, tokens=60, exact=True, temperature=0.8).diverged == 0

@@ -113,6 +113,51 @@ def test_mamba(batch: int, width: int, inner: int, rank: int, states: int, taps:
         assert taps == 1 or relative_rms(conv, exact_conv) <= ERROR_BOUND
 
 
+TILES = [
+    triton.tile(7168, 1792, 2),
+    triton.tile(1792, 3584, 2),
+    triton.tile(1536, 2304, 2),
+    triton.tile(8192, 2048, 2, gated=True),
+    triton.Tile(16, 2, 32, 3, 4, 2),
+]
+
+
+@pytest.mark.parametrize("shape", TILES, ids=str)
+@pytest.mark.parametrize("width", [64, 600, 1536])
+def test_every_tile(monkeypatch: pytest.MonkeyPatch, shape: triton.Tile, width: int) -> None:
+    """Those of large shapes in half precision too: here in fp32, where rounding hides nothing."""
+    monkeypatch.setattr(triton, "tile", lambda *_, **__: shape)
+    monkeypatch.setattr(triton, "_NARROW", shape)
+    x, weight, residual = torch.randn(3, width), torch.randn(40, width), torch.randn(3, 40)
+    got = triton.linear_step(x, weight, None, residual, torch.float32)
+    assert relative_rms(got, x.double() @ weight.double().t() + residual) <= ERROR_BOUND
+    gate_up, down = torch.randn(2 * 24, width) / width**0.5, torch.randn(width, 24)
+    values = (x, norm_of(width, False), gate_up, down)
+    assert relative_rms(triton.swiglu_step(*values), reference.swiglu_step_reference(*map(wide, values))) <= ERROR_BOUND
+    if width == 64:
+        weights, norm = weights_of(width, 2 * width, 9, 16, 4), norm_of(width, True)
+        conv, ssm = torch.randn(3, 3, 2 * width), torch.randn(3, 2 * width, 16)
+        exact_conv, exact_ssm = conv.double(), ssm.double()
+        got = triton.mamba_step_(x, norm, weights, conv, ssm)
+        expected = reference.mamba_step_reference(wide(x), wide(norm), wide(weights), exact_conv, exact_ssm)
+        assert relative_rms(got, expected) <= ERROR_BOUND and relative_rms(ssm, exact_ssm) <= ERROR_BOUND
+
+
+@pytest.mark.filterwarnings("ignore:overflow")  # exp of a large number: its gate is 0
+def test_half_precision() -> None:
+    """What is rounded to fp16 on the way costs what rounding costs (the interpreter has no products of bf16)."""
+    weights, norm = weights_of(64, 128, 4, 16, 4), norm_of(64, True)
+    low = MambaWeights(*(w if name in ("A_log", "D", "dt_bias") else w.half() for name, w in weights._asdict().items()))
+    x, conv, ssm = torch.randn(5, 64).half(), torch.randn(5, 3, 128).half(), torch.randn(5, 128, 16)
+    exact_conv, exact_ssm = conv.double(), ssm.double()
+    got = triton.mamba_step_(x, norm, low, conv, ssm)
+    expected = reference.mamba_step_reference(wide(x), wide(norm), wide(low), exact_conv, exact_ssm)
+    assert got.dtype == conv.dtype == torch.float16 and ssm.dtype == torch.float32
+    bound = 3 * torch.finfo(torch.float16).eps
+    assert relative_rms(got, expected) <= bound and relative_rms(ssm, exact_ssm) <= bound
+    assert relative_rms(conv, exact_conv) <= torch.finfo(torch.float16).eps
+
+
 def test_a_row_does_not_depend_on_the_others() -> None:
     """Bit for bit: alone, at any place among others, and whatever those hold."""
     weights, norm = weights_of(24, 48, 2, 16, 4), norm_of(24, True)

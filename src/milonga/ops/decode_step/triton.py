@@ -87,7 +87,7 @@ def _product(
     assert x.stride(1) == 1 and weight.is_contiguous()
     span = width if span is None else span
     splits = -(-width // span)
-    rows = min(64, max(16, _power(batch)))
+    rows = min(32, max(16, _power(batch)))  # more rows would not fit in registers beside the weights
     conv_weight, conv_bias, conv_state = conv or (weight, weight, weight)
     grid = (-(-features // shape.features), splits, -(-batch // rows))
     turn = shape.groups * shape.width
