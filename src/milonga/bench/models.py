@@ -1,13 +1,18 @@
 """The shapes that are trained, read and generated with, and what their matrix products cost."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 from torch import nn
 
 from milonga.bench.work import visible_pairs
 from milonga.errors import UserError
 from milonga.layers import AttentionConfig, MambaConfig, SwiGLUConfig
+from milonga.layers.recompute import CHEAP, Cheap
 from milonga.models import ModelConfig, preset
+
+# What is made again in the backward pass of the shapes of record: what keeps them below their peers' memory.
+MEDIUM: tuple[Cheap, ...] = ("norm", "conv", "dt", "rotary", "cast")
 
 
 @dataclass(frozen=True)
@@ -18,6 +23,9 @@ class TrainingShape:
     config: ModelConfig
     batch: int
     length: int
+    recompute: tuple[Cheap, ...] = ()  # as in the training config, like the next two
+    residual: Literal["fp32", "bf16"] = "fp32"
+    deterministic: bool = True
 
 
 def _byte_samba(d_model: int, repeats: int, heads: int, d_hidden: int, window: int) -> ModelConfig:
@@ -38,10 +46,10 @@ def training_shapes() -> dict[str, TrainingShape]:
     """The shapes of record by name, and a small one for a CPU."""
     tied = preset("llama-2-438m").replace(tied=True)
     shapes = (
-        TrainingShape("samba-421m", preset("samba-421m"), 8, 4096),
-        TrainingShape("llama-389m", tied, 8, 4096),  # the 438M model with its head tied to the embedding
-        TrainingShape("mambabyte-353m", preset("mambabyte-353m"), 4, 8192),
-        TrainingShape("byte-samba-30m", _byte_samba(512, 4, 4, 1536, 2048), 32, 4096),
+        TrainingShape("samba-421m", preset("samba-421m"), 8, 4096, MEDIUM),
+        TrainingShape("llama-389m", tied, 8, 4096, MEDIUM),  # the 438M model with its head tied to the embedding
+        TrainingShape("mambabyte-353m", preset("mambabyte-353m"), 4, 8192, CHEAP),
+        TrainingShape("byte-samba-30m", _byte_samba(512, 4, 4, 1536, 2048), 32, 4096, CHEAP),
         TrainingShape("byte-samba-small", _byte_samba(128, 1, 4, 256, 128), 4, 256),
     )
     return {shape.name: shape for shape in shapes}

@@ -20,7 +20,7 @@ from milonga.bench.timing import synchronize
 from milonga.data.windows import Batch
 from milonga.errors import UserError
 from milonga.models.accounting import flops_per_token, parameter_count
-from milonga.training import OptimizerConfig, build_optimizer, training_step
+from milonga.training import OptimizerConfig, TrainingConfig, apply_training, build_optimizer, training_step
 
 Precision = Literal["fp32", "bf16"]
 _DTYPE = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -71,6 +71,9 @@ class TrainRow:
             "length": self.shape.length,
             "precision": self.precision,
             "compiled": self.compiled,
+            "recompute": list(self.shape.recompute) if self.who == OURS else None,
+            "residual": self.shape.residual if self.who == OURS else None,
+            "deterministic": self.shape.deterministic if self.who == OURS else None,
             "tokens_per_second": self.rate,
             "step_ms": self.seconds * 1e3,
             "spread": self.spread,
@@ -108,6 +111,14 @@ def step_of(
 ) -> tuple[Callable[[], float], int]:
     """The library's own training step of a new model: -> (one step, which gives its loss in nats; parameters)."""
     network = shape.config.build(device=device)
+    settings = TrainingConfig(
+        steps=1,
+        precision=precision,
+        recompute=shape.recompute,
+        residual=shape.residual if precision == "bf16" else "fp32",
+        deterministic=shape.deterministic,
+    )
+    apply_training(network, settings)
     optimizer = build_optimizer(network, OptimizerConfig(lr=1e-4))
     forward = torch.compile(network) if compile_ else network
     batch = random_batch(shape, device)

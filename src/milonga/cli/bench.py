@@ -91,9 +91,21 @@ def train(
     precision: Annotated[
         str | None, typer.Option(help="bf16 or fp32. [default: bf16 on a GPU, fp32 on a CPU]", metavar="NAME")
     ] = None,
-    compile_: Annotated[
-        bool | None, typer.Option("--compile/--no-compile", help="Run through torch.compile. [default: on a GPU]")
+    compile_: Annotated[bool, typer.Option("--compile/--no-compile", help="Run through torch.compile.")] = False,
+    recompute: Annotated[
+        str | None,
+        typer.Option(
+            help="Results made again in the backward pass: norm, gate, conv, dt, rotary, cast, separated by commas; "
+            "none for no result. [default: what keeps the shape below its peers' memory]",
+            metavar="NAMES",
+        ),
     ] = None,
+    residual: Annotated[
+        str | None, typer.Option(help="Residual stream in fp32 or bf16. [default: fp32]", metavar="NAME")
+    ] = None,
+    deterministic: Annotated[
+        bool, typer.Option("--deterministic/--any-order", help="The same bits on every run, or faster attention.")
+    ] = True,
     seconds: Annotated[float, typer.Option(help="How long steps of a model are timed.", min=0)] = 6.0,
     peers: Peers = True,
     device: Device = None,
@@ -102,10 +114,11 @@ def train(
     plot: Plot = None,
 ) -> None:
     """Tokens a second, memory and utilisation of the library's training step, beside its matrix products alone."""
-    from milonga.cli.bench_run import Outputs, run_bench_train
+    from milonga.cli.bench_run import Outputs, TrainChanges, run_bench_train
 
     outputs = Outputs(json_, out, plot)
-    _finish(run_bench_train(preset or [], recipe, batch, length, precision, compile_, seconds, peers, device, outputs))
+    changes = TrainChanges(batch, length, recompute, residual, deterministic)
+    _finish(run_bench_train(preset or [], recipe, changes, precision, compile_, seconds, peers, device, outputs))
 
 
 Models = Annotated[

@@ -21,6 +21,7 @@ from milonga.cli import console
 from milonga.errors import UserError
 from milonga.files import ensure_folder, write_atomically
 from milonga.inference.language_model import choose_device
+from milonga.layers.recompute import CHEAP
 from milonga.models import ModelConfig
 from milonga.training import RunConfig
 
@@ -111,13 +112,41 @@ def run_bench_ops(
     return finish(result, outputs)
 
 
+class TrainChanges(NamedTuple):
+    """What the command line says about the shapes it trains; None leaves a shape as it is."""
+
+    batch: int | None
+    length: int | None
+    recompute: str | None
+    residual: str | None
+    deterministic: bool
+
+    def apply(self, shape: TrainingShape) -> TrainingShape:
+        """The shape with these changes.
+
+        Raises:
+            UserError: if a name is not known.
+        """
+        shape = replace(shape, batch=self.batch or shape.batch, length=self.length or shape.length)
+        if self.recompute is not None:
+            asked = [] if self.recompute == "none" else [name.strip() for name in self.recompute.split(",")]
+            unknown = [name for name in asked if name not in CHEAP]
+            if unknown:
+                raise UserError(f"--recompute: no result {unknown[0]!r}; choose from {', '.join(CHEAP)}, or none")
+            shape = replace(shape, recompute=tuple(name for name in CHEAP if name in asked))
+        if self.residual not in (None, "fp32", "bf16"):
+            raise UserError(f"--residual: expected fp32 or bf16, got {self.residual!r}")
+        if self.residual is not None:
+            shape = replace(shape, residual=self.residual)
+        return shape if self.deterministic else replace(shape, deterministic=False)
+
+
 def run_bench_train(
     presets: list[str],
     recipe: str | None,
-    batch: int | None,
-    length: int | None,
+    changes: TrainChanges,
     precision: str | None,
-    compile_: bool | None,
+    compile_: bool,
     seconds: float,
     peers: bool,
     device: str | None,
@@ -137,11 +166,12 @@ def run_bench_train(
         config = RunConfig.load(recipe)
         training = config.training
         rows = training.batch // training.accumulation
-        shapes = [TrainingShape(config.name, config.model, rows, training.window)]
+        settings = (training.recompute, training.residual, training.deterministic)
+        shapes = [TrainingShape(config.name, config.model, rows, training.window, *settings)]
         precision = precision or training.precision
     else:
         shapes = [training_shape(name) for name in presets or (ON_GPU if on_gpu else ON_CPU)]
-    shapes = [replace(shape, batch=batch or shape.batch, length=length or shape.length) for shape in shapes]
+    shapes = [changes.apply(shape) for shape in shapes]
     chosen = precision or ("bf16" if on_gpu else "fp32")
     if chosen not in ("bf16", "fp32"):
         raise UserError(f"--precision: expected bf16 or fp32, got {chosen!r}")
@@ -150,7 +180,7 @@ def run_bench_train(
             shapes,
             place,
             "bf16" if chosen == "bf16" else "fp32",
-            compile_=on_gpu if compile_ is None else compile_,
+            compile_=compile_,
             budget=seconds,
             peers=peers,
             progress=progress,

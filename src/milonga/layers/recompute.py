@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 Cheap = Literal["norm", "gate", "conv", "dt", "rotary", "cast"]
-CHEAP: tuple[str, ...] = get_args(Cheap)
+CHEAP: tuple[Cheap, ...] = get_args(Cheap)
 
 
 class _Recipe:

@@ -46,7 +46,7 @@ class TrainingConfig(BaseModel):
         device: `auto` takes a GPU where there is one; `cpu`, `cuda`, `cuda:1`.
         recompute: results that the backward pass makes again instead of keeping them, to save memory: any of `norm`,
             `gate`, `conv`, `dt`, `rotary`, `cast` (weights in bf16). It changes no number.
-        residual: dtype of the residual stream where `precision` is bf16: `fp32` as in the papers' code, or `bf16`, which
+        residual: dtype of the residual stream where `precision` is bf16: `fp32` as in the papers' code, or `bf16`, that
             takes less memory and time.
         deterministic: the same bits on every run. False lets full attention on a GPU take a library's backward pass,
             which is faster and sums in another order each time.

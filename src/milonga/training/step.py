@@ -112,8 +112,8 @@ def training_step(
     """
     optimizer.zero_grad()
     nats, tokens, after = backward(network, batch, state, device=device, precision=precision, accumulation=accumulation)
-    parameters = [parameter for parameter in optimizer.names.values() if parameter.grad is not None]
-    length = torch.nn.utils.get_total_norm([parameter.grad for parameter in parameters])
+    parameters = list(optimizer.names.values())
+    length = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
     loss, norm = torch.stack([nats, length.double()]).tolist()  # the one place that waits for the device
     if math.isfinite(loss) and math.isfinite(norm):
         if clip is not None and norm > clip:
