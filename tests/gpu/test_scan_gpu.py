@@ -1,4 +1,8 @@
-"""The laws of `selective_scan` on a GPU, in Triton: against the float64 reference, over random shapes and dtypes."""
+"""The laws of `selective_scan` on a GPU: against the float64 reference, over random shapes and dtypes.
+
+With 16 states it runs in Gluon, else in Triton, and a few steps without gradients in a kernel of their own. A small
+case under `compute-sanitizer`: `compute-sanitizer python -m pytest -q tests/gpu/test_scan_gpu.py -k sanitizer`.
+"""
 
 from itertools import pairwise
 
@@ -63,6 +67,101 @@ def test_random_shapes(seed: int) -> None:
     dtype = (torch.float32, torch.bfloat16, torch.float16)[seed % 3]
     inputs = make(among(1, 2, 5), among(0, 1, 31, 33, 129, 300), among(1, 31, 32, 100, 515), among(2, 16))
     check(on_gpu({k: v for k, v in inputs.items() if k not in OPTIONAL or among(0, 1, 1)}, dtype))
+
+
+@pytest.fixture
+def nan_in_new_memory():
+    """`torch.empty` gives NaN: what a kernel leaves out shows."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.usefixtures("nan_in_new_memory")
+@pytest.mark.parametrize("states", [8, 16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_chunks_of_time_leave_nothing_out(states: int, dtype: torch.dtype) -> None:
+    """One sequence, cut in chunks; in fp32 also over so many steps that a bias of the exponential would show."""
+    check(on_gpu(make(1, 700 if dtype == torch.float32 else 300, 75, states), dtype))
+
+
+@pytest.mark.usefixtures("nan_in_new_memory")
+def test_parts_of_time(monkeypatch) -> None:
+    monkeypatch.setattr("milonga.ops.selective_scan.gluon.WORKSPACE", 20_000)
+    check(on_gpu(make(2, 500, 70, 16)))
+
+
+@pytest.mark.usefixtures("nan_in_new_memory")
+def test_finer_chunks_in_the_first_pass(monkeypatch) -> None:
+    monkeypatch.setattr("milonga.ops.selective_scan.gluon.FINE", 32)
+    check(on_gpu(make(1, 700, 70, 16)))
+    segments = Segments.from_lengths((0, 300, 65))
+    check(on_gpu(make(1, segments.total, 70, 16, segments.count)), segments)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_halves_of_a_projection(dtype: torch.dtype) -> None:
+    inputs = on_gpu(make(2, 67, 64, 16), dtype)
+    wide = torch.cat([inputs["x"], inputs["z"]], -1)
+    narrow = torch.cat([inputs["dt"][..., :5], inputs["B"], inputs["C"]], -1)
+    strided = {**inputs, "x": wide[..., :64], "z": wide[..., 64:], "B": narrow[..., 5:21], "C": narrow[..., 21:]}
+    outputs, upstream, gradients = run("triton", inputs, None)
+    others, _, other_gradients = run("triton", strided, upstream)
+    assert all(torch.equal(a, b) for a, b in zip((*outputs, *gradients), (*others, *other_gradients), strict=True))
+
+
+@pytest.mark.usefixtures("nan_in_new_memory")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("steps", "states"), [(1, 16), (8, 16), (3, 5)])
+def test_few_steps(steps: int, states: int, dtype: torch.dtype) -> None:
+    inputs = on_gpu(make(3, steps, 100, states), dtype)
+    y, final = selective_scan(**inputs, backend="triton")
+    exact_y, exact_final = selective_scan(**{k: v.double() for k, v in inputs.items()}, backend="reference")
+    rounding = 0.0 if dtype == torch.float32 else torch.finfo(dtype).eps / 2
+    assert relative_rms(y, exact_y) <= ERROR_BOUND + rounding
+    assert relative_rms(final, exact_final) <= ERROR_BOUND
+
+
+def test_few_steps_of_packed_sequences() -> None:
+    segments = Segments.from_lengths((1, 0, 2, 1))
+    inputs = on_gpu(make(1, 4, 100, 16, 4))
+    got = selective_scan(**inputs, segments=segments, backend="triton")
+    exact = selective_scan(**{k: v.double() for k, v in inputs.items()}, segments=segments, backend="reference")
+    assert all(relative_rms(a, b) <= ERROR_BOUND for a, b in zip(got, exact, strict=True))
+
+
+def test_small_for_the_sanitizer() -> None:
+    check(on_gpu(make(1, 200, 70, 16), torch.bfloat16))
+
+
+def test_more_than_2_to_the_31_elements() -> None:
+    """The end of a sequence so long that offsets pass 2^31, against the reference; decays are fast: no more is needed."""
+    if torch.cuda.mem_get_info()[0] < 72 * 2**30:
+        pytest.skip("needs 72 GiB of GPU memory")
+    time, width, warm, compared = 2**20, 2304, 256, 512
+    torch.manual_seed(0)
+
+    def low(*shape: int) -> Tensor:
+        return torch.randn(shape, device="cuda", dtype=torch.bfloat16)
+
+    inputs = {
+        "x": low(1, time, width), "dt": low(1, time, width).add_(2), "B": low(1, time, 16), "C": low(1, time, 16),
+        "z": low(1, time, width), "A": -1 - torch.rand(width, 16, device="cuda"),
+        "D": torch.randn(width, device="cuda"), "dt_bias": torch.rand(width, device="cuda"),
+    }  # fmt: skip
+    assert inputs["x"].numel() > 2**31
+    leaves = {name: value.requires_grad_() for name, value in inputs.items()}
+    y, _ = selective_scan(**leaves, backend="triton")
+    upstream = low(1, time, width)
+    gradients = dict(zip(LOW, torch.autograd.grad(y, [leaves[name] for name in LOW], upstream), strict=True))
+    end = {k: (v.detach()[:, -warm - compared :] if k in LOW else v.detach()).double() for k, v in inputs.items()}
+    short = {name: value.requires_grad_() for name, value in end.items()}
+    exact, _ = selective_scan(**short, backend="reference")
+    wanted = torch.autograd.grad(exact, [short[name] for name in LOW], upstream[:, -warm - compared :].double())
+    rounding = torch.finfo(torch.bfloat16).eps / 2
+    assert relative_rms(y.detach()[:, -compared:], exact.detach()[:, -compared:]) <= rounding
+    for name, expected in zip(LOW, wanted, strict=True):
+        assert relative_rms(gradients[name][:, -compared:], expected[:, -compared:]) <= rounding, name
 
 
 @pytest.mark.parametrize("lengths", [(), (0,), (0, 5, 0, 0, 300, 128, 1, 0), (33,) * 9])
