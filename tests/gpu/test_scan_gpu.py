@@ -15,7 +15,8 @@ from milonga.segments import Segments
 from tests.ops.helpers import relative_rms
 from tests.ops.test_selective_scan import OPTIONAL, make
 
-pytestmark = pytest.mark.gpu
+# the reference's matrix products warn where new memory is filled with NaN
+pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore:.*[Dd]eterministic")]
 
 LOW = ("x", "dt", "B", "C", "z")
 
@@ -135,7 +136,7 @@ def test_small_for_the_sanitizer() -> None:
 
 
 def test_more_than_2_to_the_31_elements() -> None:
-    """The end of a sequence so long that offsets pass 2^31, against the reference; decays are fast: no more is needed."""
+    """The end of a sequence so long that offsets pass 2^31, against the reference: decays are fast."""
     if torch.cuda.mem_get_info()[0] < 72 * 2**30:
         pytest.skip("needs 72 GiB of GPU memory")
     time, width, warm, compared = 2**20, 2304, 256, 512
