@@ -51,8 +51,8 @@ def exp_of_minus(v):
 def decay_of(v, EXACT: gl.constexpr):
     """2^v for v <= 0. With EXACT within 2.2e-7, the closer the nearer v is to an integer: no bias where it is almost 1.
 
-    A channel that remembers a thousand steps multiplies a bias by that: with the hardware's the gradient of A was off by
-    3e-6 after 500 steps.
+    A channel that remembers a thousand steps multiplies a bias by that: with the hardware's the gradient of A was off
+    by 3e-6 after 500 steps.
     """
     if EXACT:
         v = gl.where(v < -126.0, -126.0, v)
