@@ -1,7 +1,7 @@
 """The Mamba layer (S6), exactly as in Samba section 2.1.1 and MambaByte section 2."""
 
 import math
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
 from jaxtyping import Float, Float32, Float64
@@ -9,13 +9,17 @@ from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 
 from milonga.layers.base import Keep, KeepFp32, Layer, LayerConfig, keep_per_sequence, kept_steps, last_columns
-from milonga.layers.linear import Linear
+from milonga.layers.linear import Linear, StoredLinear
 from milonga.layers.norm import norm_of
 from milonga.layers.recompute import cheap
 from milonga.ops.causal_conv import causal_conv
 from milonga.ops.decode_step import MambaWeights, ReplayInputs, has_step_kernels, mamba_replay_, mamba_step_
+from milonga.ops.mamba_step import StepResult, StepWeights, StoredWeight, has_step, mamba_step, prepare_step
 from milonga.ops.selective_scan import selective_scan
 from milonga.segments import Segments, sequence_bounds, sequence_count
+
+if TYPE_CHECKING:
+    from milonga.ops.mamba_step.cpu import PreparedWeights
 
 
 class MambaConfig(LayerConfig):
@@ -99,6 +103,47 @@ class ScanParameters(KeepFp32):
         return self._kept[1]
 
 
+class StepCache:
+    """The weights of a layer's step, prepared for the kernel as long as they stay what and where they are.
+
+    For a decoded token the checks below are most of what the step costs beside its arithmetic, so tensors are looked up
+    in the dictionaries that PyTorch keeps them in: a tenth of the time of the attributes.
+    """
+
+    def __init__(self) -> None:
+        self._key: list[int] = []
+        self._prepared: "PreparedWeights | None" = None
+
+    def __reduce__(self) -> tuple[type["StepCache"], tuple[()]]:
+        return StepCache, ()  # a copy of the layer has weights elsewhere
+
+    def get(self, layer: "Mamba") -> "PreparedWeights | None":
+        """What `layer` is prepared as; None if the kernel does not take it."""
+        own, modules = layer._parameters, layer._modules
+        scan = modules["scan"]
+        assert scan is not None
+        scan_own = scan._parameters
+        tensors = [own["conv_weight"], scan_own["A_log"], own["conv_bias"], scan_own["D"], scan_own["dt_bias"]]
+        for name in ("in_proj", "x_proj", "dt_proj", "out_proj"):
+            module = modules[name]
+            kind = type(module)
+            if module is None or (kind is not Linear and kind is not StoredLinear):
+                return None
+            if module._forward_hooks or module._forward_pre_hooks:
+                return None
+            tensors.append((module._parameters if kind is Linear else module._buffers)["weight"])
+        # What the kernel has copies of may be written; the rest it reads where it lies.
+        key = []
+        for tensor in tensors:
+            assert tensor is not None
+            key.append(tensor.data_ptr())
+            if len(key) <= 4:
+                key.append(tensor._version)
+        if key != self._key:
+            self._key, self._prepared = key, prepare_step(layer.step_weights())
+        return self._prepared
+
+
 class Mamba(Layer):
     """Gu and Dao, "Mamba" (2023): projection, short convolution, selective scan, gate, projection."""
 
@@ -118,6 +163,7 @@ class Mamba(Layer):
         self.dt_proj = Linear(rank, inner)
         self.scan = ScanParameters(inner, states)
         self.out_proj = Linear(inner, d_model)
+        self._step_cache: StepCache | None = None
         self._init_own()
 
     @torch.no_grad()
@@ -138,6 +184,12 @@ class Mamba(Layer):
         self, x: Float[Tensor, "B T D"], state: MambaState | None, segments: Segments | None = None
     ) -> tuple[Float[Tensor, "B T D"], MambaTrace]:
         """As `Layer.advance`."""
+        if x.shape[1] == 1 and segments is None and state is not None:
+            stepped = self._step(x, state)
+            if stepped is not None:
+                y, conv, ssm, column, u, dt, B = stepped
+                trace = MambaTrace(column[:, None], MambaState(conv, ssm), u[:, None], dt[:, None], B[:, None], None)
+                return y[:, None], trace
         columns, z = self.in_proj.split(x, (self.inner, self.inner))
         conv_initial, ssm_initial = state if state is not None else (None, None)
         if conv_initial is not None:
@@ -163,6 +215,29 @@ class Mamba(Layer):
             segments=segments,
         )
         return self.out_proj(y), MambaTrace(columns, MambaState(conv_final, ssm_final), u, dt, B, segments)
+
+    def _step(self, x: Float[Tensor, "B 1 D"], state: MambaState) -> StepResult | None:
+        """One token of each row by the kernel for decoding on a CPU; None where that does not run."""
+        if self.training or not has_step(x, *state):
+            self._step_cache = None
+            return None
+        if self._step_cache is None:
+            self._step_cache = StepCache()
+        prepared = self._step_cache.get(self)
+        return None if prepared is None else mamba_step(x[:, 0], prepared, *state)
+
+    def step_weights(self) -> StepWeights:
+        """The weights of one step."""
+        scan = self.scan
+        stored = [
+            StoredWeight(module.weight.detach(), module.scale if isinstance(module, StoredLinear) else None)
+            for module in (self.in_proj, self.x_proj, self.dt_proj, self.out_proj)
+        ]
+        A = -torch.exp(scan.A_log.detach())
+        return StepWeights(
+            stored[0], self.conv_weight.detach(), self.conv_bias.detach(), stored[1], stored[2],
+            A, scan.D.detach(), scan.dt_bias.detach(), stored[3],
+        )  # fmt: skip
 
     def commit(self, state: MambaState | None, trace: MambaTrace, keep: Keep | None = None) -> MambaState:
         """As `Layer.commit`. With `keep`, the accepted steps are replayed from the trace, not run again."""

@@ -22,7 +22,7 @@ OPS = (
     "rotary",
     "linear_cross_entropy",
 )
-COMPILED = (*OPS, "linear")  # what has kernels for the CPU that are compiled at installation
+COMPILED = (*OPS, "linear", "mamba_step")  # what has kernels for the CPU that are compiled at installation
 BACKENDS = ("auto", "reference", "cpu", "triton")
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 TRITON_OPS: tuple[str, ...] = (

@@ -18,6 +18,8 @@ import torch
 # Below this much estimated work (in kernel operations, about 0.3 ms on one core) waking a thread costs more than it
 # gives.
 INLINE_WORK = 600_000
+# The same for kernels that share their work out themselves, which wait for no thread to wake.
+INLINE_SHARED = 200_000
 # Pieces a thread in large work.
 PIECES = 4
 
@@ -78,3 +80,25 @@ def run(kernel: Callable[..., None], jobs: int, work: int, *arguments: object) -
         wait(started)
     for future in started:
         future.result()
+
+
+def share(kernel: Callable[..., None], work: int, *arguments: object) -> None:
+    """Call `kernel(*arguments)` here and on the other threads that torch uses, for a kernel that shares its work out.
+
+    It returns when the call here does. A call on another thread may come later, or never: it must find everything done,
+    and touch nothing but its arguments, which live as long as it does.
+
+    Args:
+        kernel: a compiled `nogil` function.
+        work: rough number of elementary operations; small work is done by the call here alone.
+        arguments: passed on unchanged.
+    """
+    threads = torch.get_num_threads()
+    if threads <= 1 or work < INLINE_SHARED:
+        kernel(*arguments)
+        return
+    pool = _executor(threads - 1)
+    futures = [pool.submit(kernel, *arguments) for _ in range(threads - 1)]
+    kernel(*arguments)
+    for future in futures:
+        future.cancel()
