@@ -81,9 +81,11 @@ def test_thread_count_does_not_matter() -> None:
 def test_one_signature_each() -> None:
     rms_norm(torch.randn(4, 8, requires_grad=True), torch.ones(8)).sum().backward()
     rms_norm(torch.randn(2, 4, 16)[..., :8], torch.ones(8))
+    with torch.no_grad():
+        rms_norm(torch.randn(2, 8), torch.ones(8)), rms_norm(torch.randn(3), torch.ones(3), residual=torch.ones(3))
     from milonga.ops.rms_norm import cpu
 
-    assert len(cpu._forward.signatures) == 1 and len(cpu._backward.signatures) == 1
+    assert [len(kernel.signatures) for kernel in (cpu._forward, cpu._backward, cpu._few)] == [1, 1, 1]
 
 
 def test_compiles_without_graph_break() -> None:
@@ -103,3 +105,34 @@ def test_impossible_backend_is_an_error(backend: str) -> None:
 def test_wrong_weight_is_an_error() -> None:
     with pytest.raises(ValueError, match="expected \\[8\\], got \\[7\\]"):
         rms_norm(torch.randn(4, 8), torch.ones(7))
+
+
+@given(st.integers(0, 9), st.integers(1, 90), st.booleans(), st.integers(0, 2**31))
+def test_a_few_rows_without_gradients(rows: int, width: int, residual: bool, seed: int) -> None:
+    """The shorter way of decoding: the same norm, of the same sum."""
+    torch.manual_seed(seed)
+    x, added, w = torch.randn(rows, 1, width), torch.randn(rows, 1, width), torch.randn(width)
+    with torch.no_grad():
+        if residual:
+            y, total = rms_norm(x, w, residual=added)
+            assert torch.equal(total, x + added)
+        else:
+            y, total = rms_norm(x, w), x
+    assert relative_rms(y, rms_norm_reference(total.double(), w.double(), 1e-5)) <= ERROR_BOUND
+
+
+def test_nan_comes_out_of_a_few_rows() -> None:
+    x = torch.randn(4, 8)
+    x[2, 3] = float("nan")
+    with torch.no_grad():
+        for y in (rms_norm(x, torch.ones(8)), rms_norm(torch.ones(4, 8), torch.ones(8), residual=x)[0]):
+            assert y[2].isnan().all() and not y[[0, 1, 3]].isnan().any()
+
+
+def test_strided_rows_and_wrong_residuals_without_gradients() -> None:
+    x, w = torch.randn(4, 16), torch.randn(8)
+    with torch.no_grad():
+        assert relative_rms(rms_norm(x[:, :8], w), rms_norm(x[:, :8].contiguous(), w).double()) <= 2e-7
+        assert torch.equal(rms_norm(x[:, :8].contiguous(), w, residual=x[:, 8:])[1], x[:, :8] + x[:, 8:])
+        with pytest.raises(ValueError, match="residual must be"):
+            rms_norm(x[:, :8].contiguous(), w, residual=x)

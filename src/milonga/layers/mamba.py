@@ -123,7 +123,13 @@ class StepCache:
         scan = modules["scan"]
         assert scan is not None
         scan_own = scan._parameters
-        tensors = [own["conv_weight"], scan_own["A_log"], own["conv_bias"], scan_own["D"], scan_own["dt_bias"]]
+        tensors: list[Tensor | None] = [
+            own["conv_weight"],
+            scan_own["A_log"],
+            own["conv_bias"],
+            scan_own["D"],
+            scan_own["dt_bias"],
+        ]
         for name in ("in_proj", "x_proj", "dt_proj", "out_proj"):
             module = modules[name]
             kind = type(module)
@@ -134,10 +140,10 @@ class StepCache:
             tensors.append((module._parameters if kind is Linear else module._buffers)["weight"])
         # What the kernel has copies of may be written; the rest it reads where it lies.
         key = []
-        for tensor in tensors:
+        for index, tensor in enumerate(tensors):
             assert tensor is not None
             key.append(tensor.data_ptr())
-            if len(key) <= 4:
+            if index < 2:
                 key.append(tensor._version)
         if key != self._key:
             self._key, self._prepared = key, prepare_step(layer.step_weights())

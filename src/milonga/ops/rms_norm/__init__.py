@@ -5,13 +5,15 @@ from typing import overload
 import torch
 from torch import Tensor
 
-from milonga.ops.backend import choice, direct, kernels
+from milonga.ops.backend import INSTALLED, choice, direct, kernels
 from milonga.ops.checks import expect
 from milonga.ops.rms_norm.library import norm_op, rms_norm_op
 from milonga.ops.rms_norm.reference import rms_norm_reference
 
 # Bound of the relative RMS error of the output and of each gradient against the float64 reference, fp32 inputs.
 ERROR_BOUND = 1e-6
+# Up to this many numbers what surrounds the CPU's kernel takes longer than it: they have a shorter way.
+FEW = 1 << 14
 
 
 @overload
@@ -73,6 +75,9 @@ def rms_norm(
     """
     if x.ndim < 1 or weight.shape != x.shape[-1:]:
         raise ValueError(f"rms_norm: weight must be [D], expected [{x.shape[-1]}], got {list(weight.shape)}")
+    if x.numel() <= FEW and _plain(x, weight, residual, dtype, backend):
+        y, total = kernels("rms_norm", "cpu").few(x, residual, weight, eps)
+        return y if residual is None else (y, total)
     if residual is not None:
         check_residual("rms_norm", x, residual)
     dtype = dtype or x.dtype
@@ -88,6 +93,18 @@ def rms_norm(
         return rms_norm_reference(x, weight, eps).to(dtype)
     run = kernels("rms_norm", chosen).forward if direct(x, chosen) else rms_norm_op
     return run(x, weight.float(), eps)[0].to(dtype)
+
+
+def _plain(x: Tensor, weight: Tensor, residual: Tensor | None, dtype: torch.dtype | None, backend: str) -> bool:
+    """Whether all is fp32, contiguous and on the CPU, with nothing to differentiate: a decoded step."""
+    if not (direct(x) and INSTALLED["numba"] and backend in ("auto", "cpu") and dtype in (None, torch.float32)):
+        return False
+    if residual is not None and residual.shape != x.shape:
+        return False
+    return all(
+        tensor is None or (tensor.dtype == torch.float32 and tensor.device == x.device and tensor.is_contiguous())
+        for tensor in (x, weight, residual)
+    )
 
 
 def check_residual(op: str, x: Tensor, residual: Tensor) -> None:

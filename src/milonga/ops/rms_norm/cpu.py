@@ -3,6 +3,8 @@
 import numba as nb
 import numpy as np
 import torch
+from llvmlite import ir
+from numba.extending import intrinsic
 from torch import Tensor
 
 from milonga.ops import cpu_pool
@@ -54,6 +56,51 @@ def _backward(grad, grad_stride, x, stride, weight, scale, grad_x, partial, firs
                 sums[d] += upstream[d] * source[d] * factor
 
 
+@intrinsic
+def _floats(typing, address):
+    """An address as a pointer to fp32 numbers."""
+
+    def lower(context, builder, sig, args):
+        return builder.inttoptr(args[0], ir.FloatType().as_pointer())
+
+    return nb.types.CPointer(nb.float32)(nb.int64), lower
+
+
+@nb.njit(nogil=True, cache=True, fastmath=_MATH)
+def _few(x, residual, weight, y, total, eps, count, width):
+    """The norm of a few rows, of x or, unless its address is 0, of x + residual; all but the last three are addresses.
+
+    To unpack seven tensors for Numba takes longer than to read a row.
+    """
+    factors = nb.carray(_floats(weight), width)
+    for row in range(count):
+        source = nb.carray(_floats(x + 4 * width * row), width)
+        target = nb.carray(_floats(y + 4 * width * row), width)
+        if residual:
+            added = nb.carray(_floats(residual + 4 * width * row), width)
+            summed = nb.carray(_floats(total + 4 * width * row), width)
+            for d in range(width):
+                summed[d] = source[d] + added[d]
+            source = summed
+        squares = np.float32(0.0)
+        for d in range(width):
+            squares += source[d] * source[d]
+        factor = np.float32(1.0) / np.sqrt(squares / np.float32(width) + eps)
+        for d in range(width):
+            target[d] = source[d] * factor * factors[d]
+
+
+def few(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """-> (norm of `x` or of `x + residual`, that sum or x): fp32, contiguous, and for the calling thread alone."""
+    y = torch.empty_like(x)
+    total = x if residual is None else torch.empty_like(x)
+    width = x.shape[-1]
+    added = 0 if residual is None else residual.data_ptr()
+    count = x.numel() // width if width else 0
+    _few(x.data_ptr(), added, weight.data_ptr(), y.data_ptr(), total.data_ptr(), np.float32(eps), count, width)
+    return y, total
+
+
 def forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """Kernel of `milonga::rms_norm` on the CPU."""
     width = weight.numel()
@@ -84,3 +131,4 @@ def compile_kernels() -> None:
     x, weight = torch.zeros(1, 2), torch.zeros(2)
     _, scale = forward(x, weight, 1e-5)
     backward(x, x, weight, scale)
+    few(x, x, weight, 1e-5)
