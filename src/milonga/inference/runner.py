@@ -39,7 +39,7 @@ class NetworkRunner:
     """The plain `Runner`: calls the network."""
 
     def __init__(self, network: Network):
-        self._network = network
+        self._network, self._length = network, 0
 
     def verify(
         self, tokens: Int[Tensor, "B T"], state: NetworkState
@@ -47,10 +47,13 @@ class NetworkRunner:
         """As `Runner.verify`."""
         output = self._network(tokens, state, logits="all", traced=True)
         assert output.logits is not None and output.trace is not None
+        self._length = tokens.shape[1]
         return output.logits, output.trace
 
     def commit(self, state: NetworkState, trace: tuple[Trace, ...], keep: Sequence[int]) -> NetworkState:
         """As `Runner.commit`."""
+        if min(keep) == self._length:  # all of it, which costs less
+            return self._network.commit(state, trace)
         return self._network.commit(state, trace, torch.tensor(keep, dtype=torch.int64))
 
     def step(self, tokens: Int[Tensor, "B 1"], state: NetworkState) -> tuple[Float[Tensor, "B V"], NetworkState]:
