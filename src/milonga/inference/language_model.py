@@ -10,6 +10,7 @@ from milonga.data.bpe import TOKENIZER, load_tokenizer
 from milonga.data.text import ByteCodec, TextCodec
 from milonga.errors import UserError
 from milonga.inference.batch import Batch
+from milonga.inference.in_place import InPlace
 from milonga.inference.session import Session
 from milonga.layers.linear import STORAGES, Storage, store_weights
 from milonga.models.network import Network
@@ -57,6 +58,11 @@ class LanguageModel:
         return self.network.embedding.weight.device
 
     @cached_property
+    def _in_place(self) -> InPlace | None:
+        """Where sessions write token by token: captured on a GPU; on a CPU each session for itself."""
+        return InPlace(self.network) if self.device.type == "cuda" else None
+
+    @cached_property
     def fingerprint(self) -> str:
         """sha256 (hex) over config and weights; computed when first asked for. State files carry it.
 
@@ -73,7 +79,7 @@ class LanguageModel:
         Raises:
             UserError: if the state file is missing, damaged, of another model or of a newer format.
         """
-        session = Session(self.network, self.codec, lambda: self.fingerprint)
+        session = Session(self.network, self.codec, lambda: self.fingerprint, self._in_place)
         if path is not None:
             session.restore(path)
         return session

@@ -13,6 +13,7 @@ from milonga.data.text import Text, TextCodec
 from milonga.errors import UserError
 from milonga.inference.constraints import Constraint
 from milonga.inference.generation import Generation, as_bytes, as_text
+from milonga.inference.in_place import InPlace, last_ids
 from milonga.inference.marks import KeptMarks, Mark
 from milonga.inference.sampling import Sampler, Sampling
 from milonga.inference.session_file import read_session, write_session
@@ -28,6 +29,9 @@ CUDA_PIECE = 8192
 # On a CPU what is left of a piece at either end of a text is read in powers of two, and under this length at once:
 # oneDNN keeps compiled products of every length it meets, 680 MiB for all up to 255 with a model of 20,000 parameters.
 _SHORT = 8
+# Tokens that are read in place, at most, until the state is brought home: where a step was interrupted they are read
+# again. No more than a mark remembers.
+SETTLED = 512
 # Where all logits of a piece are looked at, at most so many numbers: 128 MiB in float64.
 _SCORED = 1 << 24
 
@@ -56,8 +60,10 @@ class Session:
             was none. `generate(n, session.sampling)` goes on as if that had not ended.
     """
 
-    def __init__(self, network: Network, codec: TextCodec, fingerprint: Callable[[], str]):
-        self._network, self._fingerprint = network, fingerprint
+    def __init__(
+        self, network: Network, codec: TextCodec, fingerprint: Callable[[], str], in_place: InPlace | None = None
+    ):
+        self._network, self._fingerprint, self._in_place = network, fingerprint, in_place
         self.codec = codec
         self.sampling: Sampling | None = None
         weight = network.embedding.weight
@@ -66,28 +72,57 @@ class Session:
             state = network.init_state(1)
             wide = torch.promote_types(weight.dtype, torch.float32)
             uniform = torch.zeros(network.config.vocab_size, dtype=wide, device=self._device)
-        self._here = Mark(network, state, uniform, 0, b"", 0)
+        # Where the session stands. While single tokens are read in place its state is behind: `_here` has the true one.
+        self._place = self._settled = Mark(network, state, uniform, 0, b"", 0)
         self._kept: KeptMarks | None = None
+
+    @property
+    def _here(self) -> Mark:
+        """Where the session stands, with its state."""
+        self.settle()
+        return self._place
+
+    @_here.setter
+    def _here(self, mark: Mark) -> None:
+        if self._in_place is None:
+            self._place = self._settled = mark
+            return
+        with self._in_place.lock:
+            if self._in_place.holds(self):
+                self._in_place.leave()
+            self._place = self._settled = mark
+
+    def settle(self) -> None:
+        """Hold the state itself, where it stood in buffers shared with other sessions."""
+        if self._in_place is None or self._place is self._settled:
+            return
+        with self._in_place.lock:
+            place, behind = self._place, self._place.position - self._settled.position
+            if self._in_place.holds(self):
+                self._place = self._settled = replace(place, state=self._in_place.take(place.position))
+            elif behind > 0:  # interrupted within a step: read again what was read in place
+                self._here = self._settled
+                self._through(last_ids(place.recent, behind))
 
     @property
     def position(self) -> int:
         """Tokens read so far, written ones included: bytes, for a model of bytes."""
-        return self._here.position
+        return self._place.position
 
     @property
     def bytes_read(self) -> int:
         """Bytes of the tokens read so far."""
-        return self._here.bytes_read
+        return self._place.bytes_read
 
     @property
     def pending(self) -> bytes:
         """The last bytes read, where they are the beginning of a UTF-8 character that is not whole yet (at most 3)."""
-        return self._here.pending
+        return self._place.pending
 
     @property
     def logits(self) -> np.ndarray:
         """fp32 at least `[V]`: of the next token, before any softmax; a copy on the CPU."""
-        return self._here.logits.cpu().numpy().copy()
+        return self._place.logits.cpu().numpy().copy()
 
     @property
     def nbytes(self) -> int:
@@ -209,7 +244,7 @@ class Session:
                 forced=sampling.forced,
                 valid_utf8=sampling.valid_utf8,
             )
-        here = self._here
+        here = self._place
         return Sampler(
             sampling,
             position=here.position,
@@ -221,7 +256,7 @@ class Session:
 
     def fork(self) -> "Session":
         """A second session at the same place. The two share no memory; neither notices the other. It keeps no marks."""
-        twin, here = Session(self._network, self.codec, self._fingerprint), self._here
+        twin, here = Session(self._network, self.codec, self._fingerprint, self._in_place), self._here
         twin._here = replace(here, state=clone(here.state), logits=here.logits.clone())
         twin.sampling = self.sampling
         return twin
@@ -315,6 +350,27 @@ class Session:
 
     def _read(self, ids: np.ndarray, wanted: LogitsOf = "last") -> Tensor:
         """Read one piece `[T]`, not empty: -> the logits behind each token `[T V]` or, `[1 V]`, behind the last."""
+        if self._in_place is not None and len(ids) == 1 and wanted == "last" and self._kept is None:
+            return self._step(self._in_place, ids)
+        return self._through(ids, wanted)
+
+    def _step(self, in_place: InPlace, ids: np.ndarray) -> Tensor:
+        """Read one token in place: -> the logits behind it `[1 V]`."""
+        with in_place.lock:
+            behind = self._place.position - self._settled.position
+            if behind >= SETTLED or (behind > 0 and not in_place.holds(self)):
+                self.settle()
+            place = self._place
+            try:
+                logits = in_place.step(self, int(ids[0]), place.position, self._settled.state, place.logits)
+                self._place = place.advanced(ids, self._settled.state, logits, self.codec)
+            except BaseException:
+                in_place.leave()  # nobody knows whether the buffers have moved on
+                raise
+        return logits[None]
+
+    def _through(self, ids: np.ndarray, wanted: LogitsOf = "last") -> Tensor:
+        """Read one piece through the network: -> as `_read`."""
         here = self._here
         with torch.inference_mode():
             tokens = torch.from_numpy(ids.astype(np.int64)).to(self._device)
