@@ -12,6 +12,7 @@ from collections.abc import Callable
 from rich.text import Text
 
 from milonga.cli import console
+from milonga.cli.generate import warm_up
 from milonga.cli.sampling_options import end_at
 from milonga.errors import UserError
 from milonga.inference import LanguageModel, Mark, Sampling, Session, load
@@ -216,6 +217,7 @@ def run_chat(run: str, bytes_: int, sampling: Sampling, state: str | None, devic
         UserError: if there is no model at `run`, or the state file does not fit it.
     """
     lm = load(run, device=device)
+    warm_up(lm)
     chat = Chat(lm, lm.session(state), sampling, bytes_)
     terminal = sys.stdin.isatty() and sys.stdout.isatty()
     if terminal:

@@ -54,6 +54,7 @@ def run_generate(
     if logprobs is not None and speculation is not None:
         raise UserError("--logprobs: are not known of drafted bytes; leave --drafter out")
     lm = load(run, device=device)
+    warm_up(lm)
     decoder = None if speculation is None else decoder_of(lm, speculation)
     session = lm.session(state)
     before = session.bytes_read
@@ -75,6 +76,18 @@ def run_generate(
     if save is not None:
         session.save(save)
     return 0
+
+
+def warm_up(lm: LanguageModel) -> None:
+    """On a GPU: compile what is new there and capture a step, before the text begins, with a line that says so."""
+    if lm.device.type != "cuda":
+        return
+    with console.progress("preparing the GPU (kernels that are new here are compiled)", 2, "steps") as bar:
+        session = lm.session()
+        session.feed(b"a text to warm up with")
+        bar.update(1)
+        list(session.generate_bytes(2))
+        bar.update(2)
 
 
 def _stream(pieces: Iterable[str]) -> None:

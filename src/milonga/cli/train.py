@@ -57,6 +57,8 @@ def _figures(report: Progress) -> str:
         parts.append(f"{console.count(report.bytes_per_second)} bytes/s")
     if report.phase in ("evaluating", "saving"):
         parts.append(report.phase)
+    if report.phase == "compiling":
+        parts.append("first step: compiling kernels that are new here")
     return ", ".join(parts)
 
 

@@ -83,6 +83,8 @@ class _Loop:
 
     def finish(self) -> TrainingResult:
         """Take all steps that are left."""
+        if self.position.step < self.run.steps and (self.run.device.type == "cuda" or self.training.compile):
+            self._report("compiling")
         with StopRequests() as stop:
             while self.position.step < self.run.steps:
                 if stop.number is not None:
