@@ -18,10 +18,13 @@ from milonga.ops.mamba_step import (
     cpu,
     cpu_kernels,
     has_step,
+    join_steps,
     mamba_step,
     mamba_step_reference,
+    mamba_steps,
     prepare_step,
 )
+from milonga.ops.rms_norm import rms_norm_reference
 from milonga.ops.selective_scan import selective_scan
 from tests.ops.helpers import relative_rms
 
@@ -170,6 +173,61 @@ def test_two_callers_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("storage", STORAGES)
+@given(
+    count=st.integers(1, 4), rows=st.integers(1, 7), branch=st.booleans(), taps=st.integers(1, 4), seed=st.integers(0)
+)
+@settings(max_examples=20)
+def test_layers_in_one_kernel_match_float64(
+    storage: str, count: int, rows: int, branch: bool, taps: int, seed: int
+) -> None:
+    """Norm, layer and residual of several layers, and the state of each."""
+    torch.manual_seed(seed % 2**31)
+    sizes = SIZES | {"taps": taps}
+    layers = [_weights(storage, **sizes) for _ in range(count)]
+    norms = [(torch.randn(40), 1e-5 * 10**k) for k in range(count)]
+    states = [_inputs(rows, **sizes)[1:] for _ in range(count)]
+    x, added = torch.randn(rows, 40), torch.randn(rows, 40) if branch else None
+    prepared = [one for one in map(prepare_step, layers) if one is not None]
+    joined = join_steps(prepared, norms)
+    assert joined is not None
+    convs, ssms = zip(*states, strict=True)
+    stream, output, conv_after, ssm_after = mamba_steps(x, added, joined, convs, ssms)
+    wide, wide_added = x.double(), None if added is None else added.double()
+    for k, (weights, (weight, eps), (conv, ssm)) in enumerate(zip(layers, norms, states, strict=True)):
+        wide = wide if wide_added is None else wide + wide_added
+        result = mamba_step_reference(
+            rms_norm_reference(wide, weight.double(), eps), weights, conv.double(), ssm.double()
+        )
+        wide_added = result.y
+        # What a layer makes of the one before is that one's error too.
+        assert relative_rms(conv_after[k], result.conv) <= ERROR_BOUND * (k + 1)
+        assert relative_rms(ssm_after[k], result.ssm) <= ERROR_BOUND * (k + 1)
+    assert wide_added is not None
+    assert relative_rms(stream, wide) <= ERROR_BOUND * count
+    assert relative_rms(output, wide_added) <= ERROR_BOUND * count
+
+
+def test_layers_that_cannot_be_joined() -> None:
+    norm = (torch.ones(40), 1e-5)
+    one, other = prepare_step(_weights("fp32", **SIZES)), prepare_step(_weights("bf16", **SIZES))
+    wider = prepare_step(_weights("fp32", **SIZES | {"states": 8}))
+    assert one is not None and other is not None and wider is not None
+    assert join_steps([one, other], [norm, norm]) is None and join_steps([one, wider], [norm, norm]) is None
+    assert join_steps([one], [(torch.ones(40).double(), 1e-5)]) is None
+    joined = join_steps([one], [norm])
+    assert joined is not None
+    x, conv, ssm = _inputs(2, **SIZES)
+    with pytest.raises(ValueError, match="1 layers, but states of 2"):
+        mamba_steps(x, None, joined, [conv, conv], [ssm, ssm])
+    with pytest.raises(ValueError, match="branch must be"):
+        mamba_steps(x, x[:1], joined, [conv], [ssm])
+    with pytest.raises(ValueError, match="states must be"):
+        mamba_steps(x, None, joined, [conv[:1]], [ssm])
+    with pytest.raises(ValueError, match="states must be"):
+        mamba_steps(x, None, joined, [conv.double()], [ssm])
+
+
+@pytest.mark.parametrize("storage", STORAGES)
 @pytest.mark.parametrize("where", ["x", "conv", "ssm", "in_proj", "A", "D", "dt_bias", "conv_weight"])
 def test_nan_comes_out_where_it_belongs(storage: str, where: str) -> None:
     """The same numbers are NaN as in the definition, of each result."""
@@ -252,7 +310,7 @@ def test_one_signature_for_each_storage() -> None:
         for rows in (1, 3):
             inputs = _inputs(rows, **SIZES)
             _step(inputs[0], _weights(storage, **SIZES), *inputs[1:])
-    assert len(cpu_kernels.step.signatures) == 3
+    assert len(cpu_kernels.steps.signatures) == 3
 
 
 def test_a_late_thread_finds_everything_done() -> None:
@@ -260,7 +318,7 @@ def test_a_late_thread_finds_everything_done() -> None:
     torch.manual_seed(9)
     prepared = prepare_step(_weights("fp32", **SIZES))
     assert prepared is not None
-    counters = np.full(2 * cpu_kernels.PARTS * cpu_kernels.LINE, 10**6, np.int64)
-    call = np.zeros(cpu_kernels.CALL_SIZE, np.int64)  # address 0: any access would end the process
-    call[cpu_kernels.ROWS] = 1
-    cpu_kernels.step(prepared.like, prepared.table, call, counters)
+    counters = np.full((1, cpu.COUNTERS), 10**6, np.int64)
+    call = np.zeros((1, cpu_kernels.CALL_SIZE), np.int64)  # address 0: any access would end the process
+    call[0, cpu_kernels.ROWS] = 1
+    cpu_kernels.steps(prepared.like, prepared.table, call, counters)

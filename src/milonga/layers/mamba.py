@@ -190,7 +190,9 @@ class Mamba(Layer):
         self, x: Float[Tensor, "B T D"], state: MambaState | None, segments: Segments | None = None
     ) -> tuple[Float[Tensor, "B T D"], MambaTrace]:
         """As `Layer.advance`."""
-        if x.shape[1] == 1 and segments is None and state is not None:
+        if self.training or torch.is_grad_enabled():
+            self._step_cache = None  # a fused optimizer writes parameters without a trace
+        elif x.shape[1] == 1 and segments is None and state is not None:
             stepped = self._step(x, state)
             if stepped is not None:
                 y, conv, ssm, column, u, dt, B = stepped
@@ -224,13 +226,16 @@ class Mamba(Layer):
 
     def _step(self, x: Float[Tensor, "B 1 D"], state: MambaState) -> StepResult | None:
         """One token of each row by the kernel for decoding on a CPU; None where that does not run."""
-        if self.training or not has_step(x, *state):
-            self._step_cache = None
+        prepared = self.prepared() if has_step(x, *state) else None
+        return None if prepared is None else mamba_step(x[:, 0], prepared, *state)
+
+    def prepared(self) -> "PreparedWeights | None":
+        """The weights for the kernel of a step; None in training, or where it does not take them. Without gradients."""
+        if self.training:
             return None
         if self._step_cache is None:
             self._step_cache = StepCache()
-        prepared = self._step_cache.get(self)
-        return None if prepared is None else mamba_step(x[:, 0], prepared, *state)
+        return self._step_cache.get(self)
 
     def step_weights(self) -> StepWeights:
         """The weights of one step."""

@@ -11,13 +11,16 @@ from torch import Tensor, nn
 from milonga.layers import Layer, LayerConfig, NormKind, build_norm
 from milonga.layers.base import Keep, Trace
 from milonga.layers.linear import Linear
+from milonga.layers.mamba_run import MambaRun, MambaRuns, Pair, watched
 from milonga.layers.recompute import cheap, forgetting
+from milonga.ops.backend import direct
 from milonga.ops.linear_cross_entropy import linear_cross_entropy
 from milonga.segments import Segments
 from milonga.state import State
 
 NetworkState = tuple[State, ...]
 LogitsOf = Literal["all", "last", "none"]
+_NO_RUNS: dict[int, MambaRun] = {}
 
 
 @runtime_checkable
@@ -105,6 +108,7 @@ class Network(nn.Module):
             if config.tied:
                 self.head.weight = self.embedding.weight
             self._initialise()
+        self._mamba_runs = MambaRuns()
         self.recompute: tuple[str, ...] = ()  # results that the backward pass makes again, see `layers.recompute`
         self.residual_dtype: torch.dtype | None = None  # of the residual stream; None is that of the embedding
         if device is not None and not on_meta:
@@ -167,7 +171,16 @@ class Network(nn.Module):
         x = self.embedding(tokens)
         x = x if self.residual_dtype is None else x.to(self.residual_dtype)
         branch, states, traces = None, [], []
+        runs, passed = self._runs(tokens, state, segments, traced), 0
         for index, sublayer in enumerate(self.sublayers):
+            if index < passed:
+                continue
+            if state is not None and index in runs:
+                stepped = runs[index].step(x, branch, state[index : index + len(runs[index])])
+                if stepped is not None:
+                    x, branch, passed = stepped[0], stepped[1], index + len(runs[index])
+                    states.extend(stepped[2])
+                    continue
             with forgetting(self.recompute):
                 before = None if state is None else state[index]
                 x, branch, after, trace = sublayer(x, branch, before, segments, keep_state, traced)
@@ -191,6 +204,18 @@ class Network(nn.Module):
         return NetworkOutput(
             scores, losses, tuple(states) if keep_state and not traced else None, tuple(traces) if traced else None
         )
+
+    def _runs(
+        self, tokens: Tensor, state: NetworkState | None, segments: Segments | None, traced: bool
+    ) -> Mapping[int, MambaRun]:
+        """Mamba layers that one kernel may take together, by the index of the first: for a decoded token on a CPU."""
+        if tokens.shape[1] != 1 or state is None or segments is not None or traced or not direct(tokens):
+            return _NO_RUNS
+        stack: list[Pair] = []
+        for sublayer in self.sublayers:
+            plain = type(sublayer) is Sublayer and not watched(sublayer)
+            stack.append((sublayer._modules["norm"], sublayer._modules["layer"]) if plain else (None, None))
+        return self._mamba_runs.of(stack)
 
     def _check(
         self, tokens: Tensor, state: NetworkState | None, segments: Segments | None, targets: Tensor | None

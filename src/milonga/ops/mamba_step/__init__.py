@@ -1,5 +1,6 @@
 """One decoded step of a Mamba layer on a CPU: everything between its two norms in one kernel."""
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -106,13 +107,61 @@ def mamba_step(
     return cpu.forward(cpu.prepare(weights), x, conv, ssm)
 
 
+def join_steps(layers: "Sequence[PreparedWeights]", norms: Sequence[tuple[Tensor, float]]) -> "PreparedWeights | None":
+    """Prepared layers one behind the other, an RMS norm (weight `[D]`, eps) before each, for `mamba_steps`.
+
+    None if their sizes or their storage differ, or a norm is not fp32, contiguous and on the CPU.
+    """
+    alike = all(layer.sizes == layers[0].sizes and layer.like.dtype == layers[0].like.dtype for layer in layers)
+    plain = all(
+        weight.dtype == torch.float32 and weight.device.type == "cpu" and weight.is_contiguous() for weight, _ in norms
+    )
+    return kernels("mamba_step", "cpu").join(layers, norms) if alike and plain else None
+
+
+def mamba_steps(
+    x: Tensor, branch: Tensor | None, layers: "PreparedWeights", convs: Sequence[Tensor], ssms: Sequence[Tensor]
+) -> tuple[Tensor, Tensor, Sequence[Tensor], Sequence[Tensor]]:
+    """A step of several Mamba layers: `x = x + branch; branch = layer(norm(x))`, one after the other, in one kernel.
+
+    Args:
+        x: `[B D]` fp32 on the CPU: the residual stream.
+        branch: `[B D]`, what the sub-layer before gave; None if there is none.
+        layers: from `join_steps`.
+        convs, ssms: the states before the step, as for `mamba_step`, one per layer; read, not written.
+
+    Returns:
+        The residual stream before the last layer, what that layer adds to it, and the states behind the step.
+
+    Raises:
+        ValueError: if the shapes or dtypes do not fit.
+    """
+    width, inner, states, _, taps = layers.sizes
+    rows, fp32 = x.shape[0], (torch.float32,)
+    if len(convs) != len(layers.table) or len(ssms) != len(layers.table):
+        raise ValueError(f"mamba_steps: {len(layers.table)} layers, but states of {len(convs)} and {len(ssms)}")
+    for name, tensor in (("x", x), ("branch", branch)):
+        if tensor is not None:
+            expect("mamba_steps", name, tensor, "[B D]", (rows, width), fp32, torch.device("cpu"))
+    conv_shape, ssm_shape = torch.Size((rows, taps - 1, inner)), torch.Size((rows, inner, states))
+    for conv, ssm in zip(convs, ssms, strict=True):
+        if conv.shape != conv_shape or ssm.shape != ssm_shape or not conv.dtype == ssm.dtype == torch.float32:
+            raise ValueError(
+                f"mamba_steps: states must be float32 {list(conv_shape)} and {list(ssm_shape)}, got {conv.dtype} "
+                f"{list(conv.shape)} and {ssm.dtype} {list(ssm.shape)}"
+            )
+    return kernels("mamba_step", "cpu").forward_run(layers, x, branch, convs, ssms)
+
+
 __all__ = [
     "ERROR_BOUND",
     "StepResult",
     "StepWeights",
     "StoredWeight",
     "has_step",
+    "join_steps",
     "mamba_step",
     "mamba_step_reference",
+    "mamba_steps",
     "prepare_step",
 ]

@@ -1,5 +1,6 @@
 """The kernel of `mamba_step` called with tensors: tables of their addresses, and the tensors that it fills."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -16,6 +17,7 @@ _LIKE = {
     torch.bfloat16: np.empty(0, np.uint16),
     torch.int8: np.empty(0, np.int8),
 }
+COUNTERS = 2 * places.PARTS * places.LINE
 # Elementary operations a weight for the pool's estimate: a thread reads 10 to 25 GB/s, and computes in its shadow.
 _WORK = {torch.float32: 0.5, torch.bfloat16: 0.3, torch.int8: 0.2}
 
@@ -24,7 +26,7 @@ class PreparedWeights(NamedTuple):
     """The weights of a layer as the kernel reads them, where they lie; `kept` holds them there."""
 
     like: np.ndarray
-    table: np.ndarray
+    table: np.ndarray  # [1, LAYER_SIZE]; of several layers [layers, LAYER_SIZE]
     work: int
     sizes: tuple[int, int, int, int, int]  # D, E, N, R, W
     kept: tuple[Tensor, ...]
@@ -47,12 +49,22 @@ def prepare(weights: StepWeights) -> PreparedWeights:
     addresses = [tensor.data_ptr() for tensor in stored]
     addresses += [0 if scale is None else scale.data_ptr() for scale in scales]
     addresses += [tensor.data_ptr() for tensor in rest]
-    table = np.array([*addresses, width, inner, states, rank, taps], np.int64)
-    assert len(table) == places.LAYER_SIZE
+    table = np.array([[*addresses, width, inner, states, rank, taps, 0, 0]], np.int64)
+    assert table.shape[1] == places.LAYER_SIZE
     count = sum(tensor.numel() for tensor in stored)
     kept = (*stored, *(scale for scale in scales if scale is not None), *rest)
     work = int(count * _WORK[stored[0].dtype]) + 8 * inner * states
     return PreparedWeights(_LIKE[stored[0].dtype], table, work, (width, inner, states, rank, taps), kept)
+
+
+def join(layers: Sequence[PreparedWeights], norms: Sequence[tuple[Tensor, float]]) -> PreparedWeights:
+    """Layers of the same sizes, stored in one way, one behind the other; before each an RMS norm (weight fp32, eps)."""
+    table = np.concatenate([layer.table for layer in layers])
+    weights, eps = [_still(weight) for weight, _ in norms], torch.tensor([eps for _, eps in norms], dtype=torch.float32)
+    table[:, places.NORM] = [weight.data_ptr() for weight in weights]
+    table[:, places.EPS] = eps.data_ptr() + 4 * np.arange(len(layers))
+    kept = (*(tensor for layer in layers for tensor in layer.kept), *weights, eps)
+    return PreparedWeights(layers[0].like, table, sum(layer.work for layer in layers), layers[0].sizes, kept)
 
 
 def _still(tensor: Tensor) -> Tensor:
@@ -70,11 +82,47 @@ def forward(prepared: PreparedWeights, x: Tensor, conv: Tensor, ssm: Tensor) -> 
     conv_after, ssm_after = torch.empty_like(conv), torch.empty_like(ssm)
     y = torch.empty_like(x)
     tensors = (x, conv, ssm, column, u, dt, small, conv_after, ssm_after, y)
-    call = np.array([*(tensor.data_ptr() for tensor in tensors), rows], np.int64)
-    counters = np.zeros(2 * places.PARTS * places.LINE, np.int64)
-    cpu_pool.share(places.step, prepared.work, prepared.like, prepared.table, call, counters)
+    call = np.array([[*(tensor.data_ptr() for tensor in tensors), rows, 0, 0]], np.int64)
+    counters = np.zeros((1, COUNTERS), np.int64)
+    cpu_pool.share(places.steps, prepared.work, prepared.like, prepared.table, call, counters)
     B = small.as_strided((rows, states), (low, 1), rank)
     return StepResult(y, conv_after, ssm_after, column, u, dt, B)
+
+
+def forward_run(
+    prepared: PreparedWeights, x: Tensor, branch: Tensor | None, convs: Sequence[Tensor], ssms: Sequence[Tensor]
+) -> tuple[Tensor, Tensor, Sequence[Tensor], Sequence[Tensor]]:
+    """`x = x + branch; branch = layer(norm(x))` for every layer of `join`, all fp32.
+
+    -> (x, branch, the states behind them). The states of a call share their memory.
+    """
+    width, inner, states, rank, taps = prepared.sizes
+    rows, count = x.shape[0], len(convs)
+    x, branch = x.contiguous(), None if branch is None else branch.contiguous()
+    convs, ssms = [conv.contiguous() for conv in convs], [ssm.contiguous() for ssm in ssms]
+    low = rank + 2 * states
+    scratch = torch.empty(rows * (low + 5 * inner), dtype=torch.float32)
+    conv_after = torch.empty(count, rows, taps - 1, inner, dtype=torch.float32)
+    ssm_after = torch.empty(count, rows, inner, states, dtype=torch.float32)
+    between = torch.empty(
+        2, count, rows, width, dtype=torch.float32
+    )  # of every layer the sum before it, and its output
+    sums, outputs = between.unbind(0)
+    column = scratch.data_ptr()
+    u, dt, small = (column + 4 * rows * inner * place for place in (1, 2, 3))
+    conv_at, ssm_at, sum_at, y_at = (tensor.data_ptr() for tensor in (conv_after, ssm_after, sums, outputs))
+    conv_step, ssm_step, step = 4 * rows * (taps - 1) * inner, 4 * rows * inner * states, 4 * rows * width
+    source, added = x.data_ptr(), 0 if branch is None else branch.data_ptr()
+    calls = []
+    for conv, ssm in zip(convs, ssms, strict=True):
+        before = conv.data_ptr(), ssm.data_ptr()
+        calls.append((source, *before, column, u, dt, small, conv_at, ssm_at, y_at, rows, added, sum_at))
+        source, added = sum_at, y_at
+        conv_at, ssm_at, sum_at, y_at = conv_at + conv_step, ssm_at + ssm_step, sum_at + step, y_at + step
+    call = np.array(calls, np.int64)
+    counters = np.zeros((count, COUNTERS), np.int64)
+    cpu_pool.share(places.steps, prepared.work, prepared.like, prepared.table, call, counters)
+    return sums[-1].clone(), outputs[-1].clone(), conv_after.unbind(0), ssm_after.unbind(0)
 
 
 def compile_kernels() -> None:

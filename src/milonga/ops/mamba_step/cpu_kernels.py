@@ -1,9 +1,10 @@
-"""The Numba kernel of `mamba_step`: all of a layer's step in one call, shared out between threads by the kernel itself.
+"""The Numba kernel of `mamba_step`: the step of one layer, or of several that follow each other, in one call.
 
-The step has four parts that wait for each other: input projection and convolution; the projection that gives dt, B and
-C; the recurrence; the output projection. Threads take pieces of a part from an atomic counter until none is left, and
-go on when all are done. A thread that comes late, or never, costs nothing but its help. A piece writes outputs of its
-own and no sum is split between pieces, so results do not depend on the number of threads.
+The threads share the work out themselves. A layer's step has four parts that wait for each other: norm, input
+projection and convolution; the projection that gives dt, B and C; the recurrence; the output projection. Threads take
+pieces of a part from an atomic counter until none is left, and go on when all are done. A thread that comes late, or
+never, costs nothing but its help. A piece writes outputs of its own and no sum is split between pieces, so results do
+not depend on the number of threads.
 
 Every tensor is the address of its first number: a step has about thirty, and to unpack each for Numba takes longer than
 to read it. Vectors are explicit for the reasons given in `milonga.ops.selective_scan.cpu_kernels`, whose rules hold
@@ -34,10 +35,10 @@ PATIENCE = 2000
 # Places in the table of a layer and in that of a call.
 IN, LOW, DT, OUT, IN_SCALE, LOW_SCALE, DT_SCALE, OUT_SCALE = range(8)
 TAPS, TAPS_BIAS, DECAY, SKIP, DT_BIAS = range(8, 13)
-WIDTH, INNER, STATES, RANK, TAP_COUNT = range(13, 18)
-LAYER_SIZE = 18
-X, CONV, SSM, COLUMNS, U, STEP, SMALL, NEXT_CONV, NEXT_SSM, Y, ROWS = range(11)
-CALL_SIZE = 11
+WIDTH, INNER, STATES, RANK, TAP_COUNT, NORM, EPS = range(13, 20)
+LAYER_SIZE = 20
+X, CONV, SSM, COLUMNS, U, STEP, SMALL, NEXT_CONV, NEXT_SSM, Y, ROWS, BRANCH, SUM = range(13)
+CALL_SIZE = 13
 
 _FLOAT, _INT, _LONG = ir.FloatType(), ir.IntType(32), ir.IntType(64)
 _FLOATS, _INTS = ir.VectorType(_FLOAT, LANES), ir.VectorType(_INT, LANES)
@@ -475,21 +476,50 @@ def _wait(counters, part, pieces):
 
 
 @nb.njit
-def _project(like, layer, call, counters, part, z):
-    """Part 0: the input projection, and behind its first half the convolution."""
+def _normalise(layer, call, normed, keep):
+    """The norm of x + branch, and that sum itself if it is to be kept."""
+    width, x, branch = layer[WIDTH], call[X], call[BRANCH]
+    for r in range(call[ROWS]):
+        row, squares = r * width, every(_f(0.0))
+        for i in range(0, width, LANES):
+            left = width - i
+            value = read(x, row + i, left)
+            if branch:
+                value = value + read(branch, row + i, left)
+            if keep:
+                write(call[SUM], row + i, value, left)
+            write(normed, row + i, value, left)
+            squares = squares + value * value
+        factor = every(_f(1.0) / np.sqrt(lane_sum(squares) / _f(width) + number(layer[EPS], 0)))
+        for i in range(0, width, LANES):
+            left = width - i
+            write(normed, row + i, read(normed, row + i, left) * factor * read(layer[NORM], i, left), left)
+
+
+@nb.njit
+def _project(like, layer, call, counters, part, z, normed):
+    """Part 0: the norm, the input projection, and behind the first half of that the convolution.
+
+    Each thread makes the norm for itself, once it has a piece to use it for: it is quicker than to wait for it.
+    """
     inner, width, rows = layer[INNER], layer[WIDTH], call[ROWS]
     weights, scale = layer[IN] + inner * width * like.itemsize, layer[IN_SCALE]
+    gate_scale = scale + 4 * inner if scale else 0
+    x = normed if layer[NORM] else call[X]
     blocks = (inner + FEATURES - 1) // FEATURES
+    wanted = layer[NORM] != 0
     piece = _next(counters, part)
     while piece < 2 * blocks:
+        if wanted:
+            _normalise(layer, call, normed, piece == 0)
+            wanted = False
         first = piece % blocks * FEATURES
         last = min(inner, first + FEATURES)
         if piece < blocks:
-            _product(like, layer[IN], scale, call[X], width, call[COLUMNS], inner, rows, width, first, last)
+            _product(like, layer[IN], scale, x, width, call[COLUMNS], inner, rows, width, first, last)
             _convolve(layer, call, first, last)
         else:
-            gate_scale = scale + 4 * inner if scale else 0
-            _product(like, weights, gate_scale, call[X], width, z, inner, rows, width, first, last)
+            _product(like, weights, gate_scale, x, width, z, inner, rows, width, first, last)
         _done(counters, part)
         piece = _next(counters, part)
     _wait(counters, part, 2 * blocks)
@@ -509,32 +539,41 @@ def _multiply(like, weights, scale, x, width, y, features, rows, size, counters,
 
 
 @nb.njit
-def _advance(like, layer, call, counters, part, z, y):
+def _advance(like, layer, call, counters, part, z, y, scratch):
     """Part 2: the recurrence."""
-    memory = np.empty(2 * (CHANNELS + LANES), np.float32)
-    delta = np.int64(memory.ctypes.data)
-    drive = delta + 4 * (CHANNELS + LANES)
     inner = layer[INNER]
     blocks = (inner + CHANNELS - 1) // CHANNELS
     piece = _next(counters, part)
     while piece < blocks:
         first = piece * CHANNELS
-        _recur(like, layer, call, first, min(inner, first + CHANNELS), delta, drive, z, y)
+        drive = scratch + 4 * (CHANNELS + LANES)
+        _recur(like, layer, call, first, min(inner, first + CHANNELS), scratch, drive, z, y)
         _done(counters, part)
         piece = _next(counters, part)
     _wait(counters, part, blocks)
-    memory[0] = _f(0.0)  # it lives until here: only its address was used
 
 
 @nb.njit(nogil=True, cache=True, error_model="numpy")
-def step(like, layer, call, counters):
-    """One thread's share of a step. `like` is an empty array of the dtype in which the products' weights are stored."""
-    inner, width, rows = layer[INNER], layer[WIDTH], call[ROWS]
-    low = layer[RANK] + 2 * layer[STATES]
-    small = call[SMALL]
-    z = small + 4 * low * rows
-    y = z + 4 * inner * rows
-    _project(like, layer, call, counters, 0, z)
-    _multiply(like, layer[LOW], layer[LOW_SCALE], call[U], inner, small, low, rows, LOW_FEATURES, counters, 1)
-    _advance(like, layer, call, counters, 2, z, y)
-    _multiply(like, layer[OUT], layer[OUT_SCALE], y, inner, call[Y], width, rows, FEATURES, counters, 3)
+def steps(like, layers, calls, all_counters):
+    """One thread's share of a step of several layers, one behind the other.
+
+    `like` is an empty array of the dtype in which the products' weights are stored.
+    """
+    widest = np.int64(0)
+    for k in range(layers.shape[0]):
+        widest = max(widest, calls[k, ROWS] * layers[k, WIDTH])
+    memory = np.empty(2 * (CHANNELS + LANES) + widest, np.float32)
+    scratch = np.int64(memory.ctypes.data)
+    normed = scratch + 8 * (CHANNELS + LANES)
+    for k in range(layers.shape[0]):
+        layer, call, counters = layers[k], calls[k], all_counters[k]
+        inner, width, rows = layer[INNER], layer[WIDTH], call[ROWS]
+        low = layer[RANK] + 2 * layer[STATES]
+        small = call[SMALL]
+        z = small + 4 * low * rows
+        y = z + 4 * inner * rows
+        _project(like, layer, call, counters, 0, z, normed)
+        _multiply(like, layer[LOW], layer[LOW_SCALE], call[U], inner, small, low, rows, LOW_FEATURES, counters, 1)
+        _advance(like, layer, call, counters, 2, z, y, scratch)
+        _multiply(like, layer[OUT], layer[OUT_SCALE], y, inner, call[Y], width, rows, FEATURES, counters, 3)
+    memory[0] = _f(0.0)  # it lives until here: only its address was used
