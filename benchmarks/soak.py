@@ -1,14 +1,15 @@
 """A long text through one session: does memory grow, and does rounding add up in the state.
 
-    python benchmarks/soak.py [RUN] [--text PATH ...] [--fed N] [--generated N] [--drift N] [--out FOLDER] [--json]
+    python benchmarks/soak.py [RUN] [--text PATH ...] [--fed N] [--generated N] [--first N] [--drift N]
+        [--out FOLDER] [--json]
 
 RUN: runs/demo where none is given. `--text`: files, folders or `bundled:train` (the default), begun again at their end.
 
 One session on the CPU reads `--fed` bytes (20 million) in pieces and then writes `--generated` bytes (200,000).
-Resident memory of the process is compared with what it was when the first million had been read. Meanwhile a second
-process reads the first `--drift` bytes (10 million) with the same network in float64. At 1, 2 and 5 times every power
-of ten from 1000 on, the states of the two are compared: the relative RMS difference of every tensor, over 8 places 100
-bytes apart.
+Resident memory of the process is compared with what it was when the first million (`--first`) had been read. Meanwhile
+a second process reads the first `--drift` bytes (10 million) with the same network in float64. At 1, 2 and 5 times
+every power of ten from 1000 on, the states of the two are compared: the relative RMS difference of every tensor, over 8
+places 100 bytes apart.
 
 The float64 run is the library's own network, all of it in float64, with one op exchanged: the plain definition of the
 scan is a loop in Python, so the same sums are compiled here. On the first 2000 bytes both are run, and the benchmark
@@ -22,7 +23,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from unittest.mock import patch
@@ -45,8 +46,8 @@ from milonga.inference import Session
 from milonga.state import to_flat
 
 FEED, LOOK = 1 << 16, 2000  # bytes between looks at memory: read, written
-FIRST = 1_000_000
 CHECKED, AGREEMENT = 2000, 1e-12
+TREND = 1.2  # errors that added up would grow 3.2 times as large over ten times the text, or ten times
 SAMPLES, SPACING = 8, 100
 FIRST_MARK = 1000
 SCAN_STEPS = 64  # decays that are in memory at once: 1 MiB of them at 128 channels
@@ -215,13 +216,14 @@ def exact_run(run: str, text: bytes, marks: Sequence[int], folder: Path) -> None
 
 @dataclass
 class Memory:
-    """Resident memory as a text goes by: (bytes read or written, bytes resident), from the first look on."""
+    """Resident memory as a text goes by: (bytes read or written, bytes resident), after the `first` bytes."""
 
+    first: int
     looks: list[tuple[int, int]] = field(default_factory=list)
 
     def look(self, position: int) -> None:
-        """Once `FIRST` bytes are read."""
-        if position >= FIRST:
+        """Once the first bytes are read."""
+        if position >= self.first:
             self.looks.append((position, resident_bytes()))
 
     def growth(self) -> int:
@@ -229,10 +231,10 @@ class Memory:
         return max(size for _, size in self.looks) - self.looks[0][1]
 
 
-def soak(run: str, text: bytes, generated: int, marks: Sequence[int], folder: Path) -> tuple[Memory, dict[str, float]]:
-    """Read the text and write after it: resident memory, and bytes/s of both. States at the marks go into `folder`."""
-    session, memory, wanted = milonga.load(run, device="cpu").session(), Memory(), places(marks)
-    stops = sorted({0, len(text), min(FIRST, len(text)), *wanted, *range(0, len(text), FEED)})
+def soak(run: str, text: bytes, generated: int, memory: Memory, marks: Sequence[int], folder: Path) -> dict[str, float]:
+    """Read the text and write after it, looking at memory: -> bytes/s of both. States at the marks go into `folder`."""
+    session, wanted = milonga.load(run, device="cpu").session(), places(marks)
+    stops = sorted({0, len(text), memory.first, *wanted, *range(0, len(text), FEED)})
     progress = Progress("read", len(text))
     for start, end in pairwise(stops):
         session.feed(text[start:end])
@@ -248,7 +250,7 @@ def soak(run: str, text: bytes, generated: int, marks: Sequence[int], folder: Pa
                 memory.look(len(text) + count)
                 progress.tell(count)
         rates["generate_bytes_per_second"] = generated / (time.perf_counter() - progress.began)
-    return memory, rates
+    return rates
 
 
 def drift(marks: Sequence[int], folder: Path) -> dict[str, list[float]]:
@@ -273,7 +275,7 @@ def factor_per_decade(marks: Sequence[int], errors: Sequence[float]) -> float:
 
 
 def draw(folder: Path, marks: Sequence[int], errors: dict[str, list[float]], memory: Memory) -> None:
-    """`soak-drift.svg` and, where memory was looked at, `soak-memory.svg`."""
+    """`soak-drift.svg` and `soak-memory.svg`."""
     colours = (PAPER.model, PAPER.other, PAPER.second, PAPER.ink)
     with mpl.rc_context(style(PAPER)):
         figure, axes = new_figure((7.2, 4.0))
@@ -292,8 +294,6 @@ def draw(folder: Path, marks: Sequence[int], errors: dict[str, list[float]], mem
         axes.set_ylabel("relative RMS difference from float64")
         axes.legend(frameon=False, fontsize=8, loc="upper left")
         save_picture(figure, folder / "soak-drift.svg")
-        if not memory.looks:
-            return
         figure, axes = new_figure((7.2, 2.8))
         positions, sizes = np.array(memory.looks).T
         axes.plot(positions / 1e6, (sizes - sizes[0]) / MIB, color=PAPER.model, linewidth=1.6)
@@ -305,44 +305,40 @@ def draw(folder: Path, marks: Sequence[int], errors: dict[str, list[float]], mem
         save_picture(figure, folder / "soak-memory.svg")
 
 
-def measure(run: str, paths: Sequence[str], fed: int, generated: int, drifted: int, out: Path | None) -> list[Figure]:
+def measure(given: argparse.Namespace) -> list[Figure]:
     """Both processes, and what they come to."""
-    marks = marks_until(drifted)
-    if len(marks) < 2 or fed < marks[-1]:
-        raise UserError(f"soak: --drift must be at least {2 * FIRST_MARK}, and --fed no less; got {drifted} and {fed}")
-    text = read_text(paths, fed)
+    marks, memory = marks_until(given.drift), Memory(given.first)
+    if given.drift < 2 * FIRST_MARK or given.fed < max(given.drift, given.first):
+        raise UserError(f"soak: --drift must be at least {2 * FIRST_MARK}, and --fed no less than --drift and --first")
+    text = read_text(given.text, given.fed)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        arguments = (run, text[: marks[-1]], marks, folder)
+        arguments = (given.run, text[: marks[-1]], marks, folder)
         exact = multiprocessing.get_context("spawn").Process(target=exact_run, args=arguments, daemon=True)
         exact.start()
-        memory, rates = soak(run, text, generated, marks, folder)
+        rates = soak(given.run, text, given.generated, memory, marks, folder)
         exact.join()
         if exact.exitcode:
             raise UserError(f"soak: the float64 run ended with exit code {exact.exitcode}")
         facts = json.loads((folder / "exact.json").read_text())
         errors = drift(marks, folder)
-    recurrent = {name: values for name, values in errors.items() if name.endswith("ssm")}
-    if out is not None:
-        out.mkdir(parents=True, exist_ok=True)
-        curves = {"marks": marks, "drift": errors, "exact": facts, "rates": rates, "memory": asdict(memory)["looks"]}
-        (out / "soak.json").write_text(json.dumps(curves))
-        draw(out, marks, errors, memory)
-    growth = memory.growth() / MIB if memory.looks else float("nan")
-    worst = max(max(values) for values in recurrent.values())
-    trend = max(factor_per_decade(marks, values) for values in recurrent.values())
-    length = f"{fed:,} bytes read, {generated:,} written"
-    figures = [
+    if given.out is not None:
+        given.out.mkdir(parents=True, exist_ok=True)
+        curves = {"marks": marks, "drift": errors, "exact": facts, "rates": rates, "memory": memory.looks}
+        (given.out / "soak.json").write_text(json.dumps(curves))
+        draw(given.out, marks, errors, memory)
+    recurrent = [values for name, values in errors.items() if name.endswith("ssm")]
+    worst, trend = max(map(max, recurrent)), max(factor_per_decade(marks, values) for values in recurrent)
+    what = f"{given.fed:,} bytes read, {given.generated:,} written: growth after {given.first:,}"
+    return [
+        Figure(what, memory.growth() / MIB, 8, "MiB", at_least=False),
         Figure("float64 run against the definition, 2000 bytes", facts["check"], AGREEMENT, "", at_least=False),
-        Figure(f"recurrent state, worst layer, {marks[0]:,} to {marks[-1]:,} bytes", worst, None, "", at_least=False),
-        Figure("recurrent state, worst layer: factor for ten times the text", trend, 1.2, "x", at_least=False),
+        Figure(f"recurrent state, worst layer, {marks[0]:,} to {marks[-1]:,} bytes", worst, None, ""),
+        Figure("recurrent state, worst layer: factor for ten times the text", trend, TREND, "x", at_least=False),
         Figure("the slowest state forgets half in", facts["half_life"], None, "bytes"),
         Figure("float64 run", facts["bytes_per_second"], None, "bytes/s"),
         *(Figure(f"session: {name.split('_')[0]}", rate, None, "bytes/s") for name, rate in rates.items()),
     ]
-    if memory.looks:
-        figures.insert(0, Figure(f"{length}: growth after 1 MB", growth, 8, "MiB", at_least=False))
-    return figures
 
 
 if __name__ == "__main__":
@@ -351,11 +347,12 @@ if __name__ == "__main__":
     parser.add_argument("--text", nargs="+", default=["bundled:train"])
     parser.add_argument("--fed", type=int, default=20_000_000)
     parser.add_argument("--generated", type=int, default=200_000)
+    parser.add_argument("--first", type=int, default=1_000_000)
     parser.add_argument("--drift", type=int, default=10_000_000)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--json", action="store_true")
     given = parser.parse_args()
     try:
-        main(lambda: measure(given.run, given.text, given.fed, given.generated, given.drift, given.out))
+        main(lambda: measure(given))
     except UserError as problem:
         parser.error(str(problem))
