@@ -54,7 +54,7 @@ def test_the_probabilities_told_are_those_drawn_from(config, text):
     """Over many drafts, the first byte comes as often as the draft says; and what it says is the conditional."""
     lm = model(config=config)
     drafter = ModelDrafter(lm)
-    rows = 500
+    rows = 300
     drafts = drafter.start([text] * rows).draft(6, 0.9, dice_of(rows))
     expected, told = np.zeros(256), np.zeros(256)
     for draft in drafts:
@@ -69,7 +69,7 @@ def test_the_probabilities_told_are_those_drawn_from(config, text):
         told[draft.text[0]] += 1
     # bytes in groups of equal remainders, so that each group expects some
     expected, told = expected.reshape(-1, 8).sum(0), told.reshape(-1, 8).sum(0)
-    assert expected.min() > 3
+    assert expected.min() > 2
     assert ((told - expected) ** 2 / expected).sum() < 8 + 5 * np.sqrt(2 * 8)
 
 

@@ -164,7 +164,7 @@ def test_accepted_bytes_are_read_once():
     assert stats.predicted_speedup(1.0) > stats.predicted_speedup(0.5) > 0
 
 
-@pytest.mark.parametrize("name", list(CONFIGS))
+@pytest.mark.parametrize("name", ["samba", "growing"])
 @pytest.mark.parametrize("kind", ["near", "subwords"])
 def test_captured_runners_write_the_same(name, kind):
     """Verifier and drafter in static buffers; on a CPU without graphs. Several calls on one session."""
