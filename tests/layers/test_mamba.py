@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from milonga.layers import MambaConfig
+from milonga.layers import Mamba, MambaConfig
 from milonga.layers import mamba as mamba_module
 from milonga.layers.linear import store_weights
 from milonga.ops import mamba_step
@@ -194,3 +194,28 @@ def test_when_a_step_is_not_for_the_kernel(steps):
     with torch.no_grad():
         layer.float()(x, layer.init_state(1))
     assert steps == [1]
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+def test_weights_written_behind_autograd_count_after_eval(steps: int) -> None:
+    """`.data` is written without a trace: what decoding keeps of the weights is dropped by `eval`."""
+    layer, x = Mamba(16, MambaConfig(d_state=4)).eval(), torch.randn(1, steps, 16)
+    with torch.no_grad():
+        before, _ = layer(x, layer.init_state(1))
+        other = Mamba(16, MambaConfig(d_state=4))
+        for mine, its in zip(layer.parameters(), other.parameters(), strict=True):
+            mine.data.copy_(its.data * 1.5)
+        layer.eval()
+        after, _ = layer(x, layer.init_state(1))
+    layer.train()
+    expected, _ = layer(x, layer.init_state(1))
+    torch.testing.assert_close(after, expected.detach(), rtol=1e-4, atol=1e-5)
+    assert not torch.equal(before, after)
+
+
+def test_a_layer_made_in_inference_mode_decodes() -> None:
+    with torch.inference_mode():
+        layer = Mamba(16, MambaConfig(d_state=4)).eval()
+        for steps in (1, 4, 1):
+            y, _ = layer(torch.randn(1, steps, 16), layer.init_state(1))
+            assert y.isfinite().all()

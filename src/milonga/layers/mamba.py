@@ -92,15 +92,28 @@ class ScanParameters(KeepFp32):
         """`-exp(A_log)` `[E N]`.
 
         In evaluation mode and without gradients it is kept: a decoded token uses it once. It is dropped when A_log is
-        seen to change and whenever gradients are on (a fused optimizer writes parameters without a trace).
+        seen to change, by `train` and `eval`, and whenever gradients are on (a fused optimizer writes parameters without
+        a trace, and so does who writes to `.data`: call `eval` after that).
         """
         if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
             self._kept = None
             return -torch.exp(self.A_log)
-        key = (self.A_log.data_ptr(), self.A_log._version)
+        if self.A_log.is_cuda and torch.cuda.is_current_stream_capturing():
+            return -torch.exp(self.A_log)  # a graph keeps the address: it must be memory of its own
+        key = (self.A_log.data_ptr(), version(self.A_log))
         if self._kept is None or self._kept[0] != key:
             self._kept = key, -torch.exp(self.A_log)
         return self._kept[1]
+
+    def train(self, mode: bool = True) -> "ScanParameters":
+        """As in `torch.nn.Module`."""
+        self._kept = None
+        return super().train(mode)
+
+
+def version(tensor: Tensor) -> int:
+    """How often the tensor was written in place, as far as PyTorch counts it."""
+    return 0 if tensor.is_inference() else tensor._version
 
 
 class StepCache:
@@ -144,7 +157,7 @@ class StepCache:
             assert tensor is not None
             key.append(tensor.data_ptr())
             if index < 2:
-                key.append(tensor._version)
+                key.append(version(tensor))
         if key != self._key:
             self._key, self._prepared = key, prepare_step(layer.step_weights())
         return self._prepared
@@ -171,6 +184,11 @@ class Mamba(Layer):
         self.out_proj = Linear(inner, d_model)
         self._step_cache: StepCache | None = None
         self._init_own()
+
+    def train(self, mode: bool = True) -> "Mamba":
+        """As in `torch.nn.Module`; what was prepared for decoding is prepared anew."""
+        self._step_cache = None
+        return super().train(mode)
 
     @torch.no_grad()
     def _init_own(self) -> None:
