@@ -27,6 +27,9 @@ LANES = 16 if binding.get_host_cpu_features().get("avx512f") else 8
 # Outputs of a piece, by part: small enough that two threads end together, large enough that taking one costs nothing.
 FEATURES, LOW_FEATURES = 32, 4
 CHANNELS = 64
+# How far ahead int8 weights are asked for, in bytes: so few arrive per addition that the processor's own prefetching
+# falls behind (24 layers of width 768: 3.2 instead of 4.0 ms; wider weights gain nothing).
+AHEAD = 8192
 # Where the counters of each part lie: pieces taken and, a cache line further, pieces done.
 PARTS, LINE = 4, 8
 # How often a thread looks whether a part is done before it lets others run in between.
@@ -198,6 +201,21 @@ def load_weights(typing, like, base, index):
         return _widened(builder, stored, builder.load(address, align=size), _FLOATS, _INTS)
 
     return _vector(like, types.int64, types.int64), lower
+
+
+@intrinsic
+def prefetch(typing, like, base, index):
+    """Ask for the cache line of a weight; an address behind the last one does no harm."""
+    size = _stored(like)[2]
+
+    def lower(context, builder, sig, args):
+        address = _pointer(builder, *args[1:], ir.IntType(8), size)
+        kind = ir.FunctionType(ir.VoidType(), [ir.IntType(8).as_pointer(), _INT, _INT, _INT])
+        function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+        builder.call(function, [address, ir.Constant(_INT, 0), ir.Constant(_INT, 3), ir.Constant(_INT, 1)])
+        return context.get_dummy_value()
+
+    return types.void(like, types.int64, types.int64), lower
 
 
 @intrinsic
@@ -377,6 +395,8 @@ def _dot(like, weights, row, x, source, width):
     a, b, c, d = zero, zero, zero, zero
     i = 0
     while i + 4 * LANES <= width:
+        if like.itemsize == 1:
+            prefetch(like, weights, row + i + AHEAD)
         a = a + load_weights(like, weights, row + i) * load(x, source + i)
         b = b + load_weights(like, weights, row + i + LANES) * load(x, source + i + LANES)
         c = c + load_weights(like, weights, row + i + 2 * LANES) * load(x, source + i + 2 * LANES)
