@@ -113,3 +113,14 @@ def test_without_gradients_nothing_is_recorded(names: tuple[str, ...]) -> None:
     with torch.no_grad(), forgetting(names):
         model(torch.randn(2, 8))
     assert model.made == 1
+
+
+def test_a_source_written_in_between_is_an_error() -> None:
+    model, x = Chain(), torch.randn(5, 8, requires_grad=True)
+    with forgetting(("gate",)):
+        h = model.first(x)
+        y = model.second(cheap("gate", model.gate(h), model.gate, h))
+    with torch.no_grad():
+        h.mul_(2)
+    with pytest.raises(RuntimeError, match="written in place"):
+        y.sum().backward()

@@ -51,3 +51,12 @@ def test_large_logits() -> None:
     x, weight = torch.tensor([[1.0], [-1.0]]), torch.tensor([[5e4], [-5e4], [0.0]])
     losses, _ = triton.forward(x, weight, torch.tensor([0, 0]), None, -100, 10)
     assert torch.equal(losses, torch.tensor([0.0, 1e5]))
+
+
+@pytest.mark.parametrize("count", [1, 5000])
+def test_scaled_in_fp32(count: int) -> None:
+    """A factor that bf16 would round by 0.2 per cent."""
+    slope, factor = torch.randn(count).bfloat16(), torch.tensor(1 / 31000)
+    got = triton.scaled(slope, factor, torch.float32)
+    assert relative_rms(got, slope.double() / 31000) <= 1e-6
+    assert triton.scaled(slope.float(), factor, torch.bfloat16).dtype == torch.bfloat16

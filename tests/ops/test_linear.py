@@ -4,7 +4,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from milonga.ops.linear import ERROR_BOUND, LARGEST_INT8, MIN_ROWS, cpu, linear, linear_split, quantize, widen
+from milonga.ops.linear import (
+    ERROR_BOUND,
+    LARGEST_INT8,
+    MIN_ROWS,
+    SPLIT_BOUND,
+    cpu,
+    linear,
+    linear_split,
+    quantize,
+    widen,
+)
 from milonga.ops.linear.library import AVAILABLE
 from milonga.ops.linear.split import split_product
 from tests.ops.helpers import assert_matches, relative_rms
@@ -145,6 +155,14 @@ def test_split_product_has_the_gradients_of_the_product(used: tuple[int, ...], a
     ]
     for got, exact in zip(*found, strict=True):
         assert relative_rms(got, exact.double()) <= (2.0**-7 if autocast else ERROR_BOUND)
+
+
+def test_split_in_bf16_is_within_its_bound() -> None:
+    x, w = torch.randn(200, 256).bfloat16().requires_grad_(), torch.randn(768, 256).bfloat16()
+    upstream = [torch.randn(200, 256).bfloat16() for _ in range(3)]
+    (got,) = torch.autograd.grad(split_product(x, w, (256,) * 3), x, upstream)
+    exact = torch.cat(upstream, -1).double() @ w.double()
+    assert relative_rms(got, exact) <= SPLIT_BOUND * torch.finfo(torch.bfloat16).eps / 2
 
 
 def test_split_adds_up() -> None:

@@ -92,8 +92,8 @@ class ScanParameters(KeepFp32):
         """`-exp(A_log)` `[E N]`.
 
         In evaluation mode and without gradients it is kept: a decoded token uses it once. It is dropped when A_log is
-        seen to change, by `train` and `eval`, and whenever gradients are on (a fused optimizer writes parameters without
-        a trace, and so does who writes to `.data`: call `eval` after that).
+        seen to change, by `train` and `eval`, and whenever gradients are on: a fused optimizer writes parameters
+        without a trace. So does who writes to `.data`: call `eval` after that.
         """
         if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
             self._kept = None

@@ -25,6 +25,7 @@ class _Recipe:
         self.value: Tensor | None = value  # holds the memory, so that its address names this tensor and no other
         self.make = make
         self.sources = tuple(source.detach() for source in sources)
+        self.versions = tuple(source._version for source in sources)
         self.device = value.device.type
         self.autocast = torch.get_autocast_dtype(self.device) if torch.is_autocast_enabled(self.device) else None
         self.wanted = 0
@@ -33,6 +34,11 @@ class _Recipe:
     def again(self) -> Tensor:
         """The tensor, made again if it is not at hand."""
         if self.value is None:
+            if self.versions != tuple(source._version for source in self.sources):
+                raise RuntimeError(
+                    "recompute: a tensor that a result is to be made from again was written in place between the "
+                    "forward and the backward pass; do so afterwards, or keep the result (training.recompute)"
+                )
             with torch.no_grad(), torch.autocast(self.device, self.autocast, enabled=self.autocast is not None):
                 self.value = self.make(*self.sources)
             assert (self.value.shape, self.value.stride(), self.value.dtype) == self.layout

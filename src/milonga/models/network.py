@@ -248,8 +248,10 @@ class Network(nn.Module):
     def init_state(
         self, batch: int = 1, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> NetworkState:
-        """The empty state of `batch` sequences. By default activations have the dtype of the embedding: weights of layers
-        may be stored in another."""
+        """The empty state of `batch` sequences.
+
+        By default activations have the dtype of the embedding: weights of layers may be stored in another.
+        """
         dtype = dtype or self.embedding.weight.dtype
         return tuple(layer.init_state(batch, device=device, dtype=dtype) for layer in self.layers())
 

@@ -15,6 +15,7 @@ ERROR_BOUND = 1e-6
 # Below this many rows the product waits for its weights: it goes through the kernels that read them once.
 MIN_ROWS = 8
 LARGEST_INT8 = 127
+SPLIT_BOUND = 2.0
 
 
 def linear(x: Tensor, weight: Tensor, scale: Tensor | None = None) -> Tensor:
@@ -63,7 +64,9 @@ def linear(x: Tensor, weight: Tensor, scale: Tensor | None = None) -> Tensor:
 def linear_split(x: Tensor, weight: Tensor, sizes: Sequence[int], scale: Tensor | None = None) -> tuple[Tensor, ...]:
     """`linear`, its output in parts of `sizes` features: views of one product.
 
-    On a GPU with gradients, those of the parts are never copied together. Arguments and errors as `linear`.
+    On a GPU with gradients, those of the parts are never copied together: the gradient of x is summed over the parts,
+    in bf16 and fp16 rounded after each, so that of up to three parts its relative RMS error is at most `SPLIT_BOUND`
+    roundings. Arguments and errors as `linear`.
 
     Raises:
         ValueError: if the sizes do not add up to F.
@@ -87,4 +90,4 @@ def widen(weight: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
     return wide if scale is None else wide * scale[:, None].to(dtype)
 
 
-__all__ = ["ERROR_BOUND", "LARGEST_INT8", "MIN_ROWS", "linear", "linear_split", "quantize", "widen"]
+__all__ = ["ERROR_BOUND", "LARGEST_INT8", "MIN_ROWS", "SPLIT_BOUND", "linear", "linear_split", "quantize", "widen"]

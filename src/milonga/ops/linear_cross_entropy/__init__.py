@@ -74,7 +74,9 @@ def linear_cross_entropy(
     if chosen == "triton" and torch.is_autocast_enabled("cuda"):
         half = torch.get_autocast_dtype("cuda")
         x, weight = x.to(half), weight.to(half)
-    sloped = chosen == "triton" and torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+    # fp16 would overflow before it is scaled; a compiler joins passes as it likes and hands over a whole gradient
+    sloped = chosen == "triton" and x.dtype != torch.float16 and not torch.compiler.is_compiling()
+    sloped = sloped and torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
     return linear_cross_entropy_op(x, weight, targets, bias, ignore_index, chunk, sloped)[0]
 
 

@@ -40,7 +40,8 @@ def _(
     if not sloped:
         return losses, torch.empty_like(losses), x.new_empty(0), x.new_empty(0), x.new_empty(0)
     bias_slope = weight.new_empty(0 if bias is None else weight.shape[0], dtype=torch.float32)
-    return losses, torch.empty_like(losses), x.new_empty(x.shape), weight.new_empty(weight.shape), bias_slope
+    slope_weight = weight.new_empty(weight.shape, dtype=torch.float32)
+    return losses, torch.empty_like(losses), x.new_empty(x.shape), slope_weight, bias_slope
 
 
 @torch.library.custom_op("milonga::linear_cross_entropy_backward", mutates_args=(), device_types="cpu")
@@ -102,9 +103,9 @@ def _same_everywhere(grad: Tensor) -> bool:
 def _backward(ctx: Any, grad: Tensor, *_: Tensor | None) -> tuple:
     x, weight, targets, bias, totals, slope_x, slope_weight, slope_bias = ctx.saved_tensors
     if ctx.sloped and grad.numel() and _same_everywhere(grad):
-        factor = grad.flatten()[0]
-        grad_x, grad_weight = slope_x * factor.to(x.dtype), slope_weight * factor.to(weight.dtype)
-        grad_bias = None if bias is None else (slope_bias * factor).to(bias.dtype)
+        factor, scaled = grad.flatten()[0], kernels("linear_cross_entropy", "triton").scaled
+        grad_x, grad_weight = scaled(slope_x, factor, x.dtype), scaled(slope_weight, factor, weight.dtype)
+        grad_bias = None if bias is None else scaled(slope_bias, factor, bias.dtype)
     else:
         grad_x, grad_weight, grad_bias = linear_cross_entropy_backward_op(
             grad, x, weight, targets, bias, totals, ctx.ignore_index, ctx.chunk

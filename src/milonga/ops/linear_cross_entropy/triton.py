@@ -90,7 +90,8 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Kernel of `milonga::linear_cross_entropy_backward` on a GPU."""
     grad_x, grad_weight, grad_bias = _slopes(grad, x, weight, targets, bias, totals, ignore_index, chunk, None)
-    return grad_x, grad_weight, grad_bias.to(torch.float32 if bias is None else bias.dtype)
+    bias_dtype = torch.float32 if bias is None else bias.dtype
+    return grad_x, grad_weight.to(weight.dtype), grad_bias.to(bias_dtype)
 
 
 def _slopes(
@@ -104,7 +105,7 @@ def _slopes(
     chunk: int,
     losses: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x, weight and (fp32) bias; with `losses`, they and `totals` are computed too."""
+    """Gradients of x, and in fp32 of weight and bias; with `losses`, they and `totals` are computed too."""
     rows, ids = x.reshape(-1, x.shape[-1]), targets.contiguous().view(-1)
     common = _common(x, weight)
     given = weight.to(common)
@@ -133,7 +134,15 @@ def _slopes(
             _add_product(grad_weight, slopes.T, values)
             if bias is not None:
                 grad_bias += slopes.sum(0, dtype=torch.float32)
-    return grad_x.to(x.dtype).view(x.shape), grad_weight.to(weight.dtype), grad_bias
+    return grad_x.to(x.dtype).view(x.shape), grad_weight, grad_bias
+
+
+def scaled(slope: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """`slope * factor`, a number on the device, multiplied in fp32 and rounded to `dtype` once."""
+    out = torch.empty(slope.shape, dtype=dtype, device=slope.device)
+    with torch.cuda.device_of(slope):
+        triton_kernels.scale[(-(-slope.numel() // TILE),)](slope, factor, out, slope.numel(), BLOCK=TILE, num_warps=8)
+    return out
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:

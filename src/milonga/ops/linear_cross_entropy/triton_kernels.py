@@ -72,3 +72,11 @@ def loss_backward(
     slope = tl.where((target == ignore)[:, None], 0.0, slope)
     places = rows.to(tl.int64)[:, None] * width + columns[None, :]
     tl.store(gradients + places, slope.to(gradients.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def scale(slope, factor, out, count, BLOCK: tl.constexpr):
+    """out = slope * factor, in fp32 until it is stored."""
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    value = tl.load(slope + at, mask=at < count, other=0.0).to(tl.float32) * tl.load(factor).to(tl.float32)
+    tl.store(out + at, value, mask=at < count)
