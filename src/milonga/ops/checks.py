@@ -21,16 +21,17 @@ def expect(
     shape: Sequence[int],
     dtypes: Sequence[torch.dtype],
     device: torch.device,
+    like: str = "x",
 ) -> None:
     """Raise `ValueError` unless `tensor` has this shape (called `letters`, e.g. `[B T E]`), a dtype of `dtypes`, and is
-    on `device`."""
+    on `device`, where the argument `like` is."""
     if tensor.shape != torch.Size(shape):
         raise ValueError(f"{op}: {name} must be {letters}, expected {list(shape)}, got {list(tensor.shape)}")
     if tensor.dtype not in dtypes:
         names = " or ".join(dict.fromkeys(str(dtype).removeprefix("torch.") for dtype in dtypes))
         raise ValueError(f"{op}: {name} must be {names}, got {str(tensor.dtype).removeprefix('torch.')}")
     if tensor.device != device:
-        raise ValueError(f"{op}: {name} must be on {device} as x is, got {tensor.device}")
+        raise ValueError(f"{op}: {name} must be on {device} as {like} is, got {tensor.device}")
 
 
 def expect_x(op: str, x: Tensor) -> tuple[int, int, int]:

@@ -45,8 +45,8 @@ class TrainingConfig(BaseModel):
         log_every: steps between two lines of metrics.
         device: `auto` takes a GPU where there is one; `cpu`, `cuda`, `cuda:1`.
         recompute: results that the backward pass makes again instead of keeping them, to save memory: any of `norm`,
-            `gate`, `conv`, `dt`, `rotary`, `cast` (weights in bf16). It changes no number. With `compile: true` the compiler
-            decides what to keep and this setting does nothing.
+            `gate`, `conv`, `dt`, `rotary`, `cast` (weights in bf16). It changes no number. With `compile: true` the
+            compiler decides what to keep and this setting does nothing.
         residual: dtype of the residual stream where `precision` is bf16: `fp32` as in the papers' code, or `bf16`, that
             takes less memory and time.
         deterministic: the same bits on every run. False lets full attention on a GPU take a library's backward pass,

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from milonga.ops.backend import choice
+from milonga.ops.checks import FLOATS, expect
 from milonga.ops.window_attention.library import window_attention_op
 from milonga.ops.window_attention.reference import window_attention_reference
 from milonga.segments import Segments, sequence_count
@@ -40,8 +41,9 @@ def window_attention(
         k: `[B, T, G, K]`, dtype of q; G divides H.
         v: `[B, T, G, V]`, dtype of q.
         window: keys a query sees, its own included (>= 1); None for all.
-        past_k: `[S, P, G, K]`, keys before this piece; given together with `past_v` and `position`, or not at all.
-        past_v: `[S, P, G, V]`.
+        past_k: `[S, P, G, K]`, dtype of q, keys before this piece; given together with `past_v` and `position`, or not
+            at all.
+        past_v: `[S, P, G, V]`, dtype of q.
         position: int64 `[S]`, how many keys each sequence had before this piece.
         segments: with a packed batch `[1, T]`, where its S sequences start; S = B without.
         scale: factor of the scores; None for 1 / sqrt(K).
@@ -54,8 +56,8 @@ def window_attention(
         inputs: at most `ERROR_BOUND`. On the CPU time grows with T * window and memory with T.
 
     Raises:
-        ValueError: if the shapes or dtypes do not fit, the window is below 1, the ring no longer holds keys that the
-            window reaches (not checked under a compiler, nor on a GPU), or the backend cannot run.
+        ValueError: if shapes, dtypes or devices do not fit, the window is below 1, the ring no longer holds keys that
+            the window reaches (not checked under a compiler, nor on a GPU), or the backend cannot run.
 
     Source: Beltagy, Peters and Cohan, "Longformer" (2020), section 3.1, causal; the blockwise softmax of the kernels is
     that of Dao, "FlashAttention-2" (2023).
@@ -87,14 +89,14 @@ def _check(q: Tensor, k: Tensor, v: Tensor, window: int | None, segments: Segmen
         raise ValueError(
             f"window_attention: the heads of k must divide those of q, expected a divisor of {heads}, got {groups}"
         )
-    if v.ndim != 4 or v.shape[:3] != k.shape[:3]:
-        raise ValueError(
-            f"window_attention: v must be [B, T, G, V], expected [{batch}, {time}, {groups}, V], got {list(v.shape)}"
-        )
-    if not q.dtype == k.dtype == v.dtype:
-        raise ValueError(
-            f"window_attention: q, k and v must share a dtype, expected {q.dtype}, got {k.dtype} and {v.dtype}"
-        )
+    if q.dtype not in FLOATS:
+        got = str(q.dtype).removeprefix("torch.")
+        raise ValueError(f"window_attention: q must be float32, bfloat16, float16 or float64, got {got}")
+    if v.ndim != 4:
+        raise ValueError(f"window_attention: v must be [B, T, G, V], got {list(v.shape)}")
+    same, device = (q.dtype,), q.device
+    expect("window_attention", "k", k, "[B, T, G, K]", (batch, time, groups, width), same, device, "q")
+    expect("window_attention", "v", v, "[B, T, G, V]", (batch, time, groups, v.shape[3]), same, device, "q")
     if window is not None and window < 1:
         raise ValueError(f"window_attention: window must be at least 1 (the query's own key) or None, got {window}")
     if segments is not None:
@@ -117,18 +119,12 @@ def _check_past(
         )
     count = sequence_count(q.shape[0], segments)
     groups, width = k.shape[2:]
-    slots = past_k.shape[1] if past_k.ndim == 4 else "P"
-    for name, past, last in (("past_k", past_k, width), ("past_v", past_v, v.shape[3])):
-        if past.ndim != 4 or list(past.shape) != [count, slots, groups, last]:
-            raise ValueError(
-                f"window_attention: {name} must be [S, P, G, {'K' if name == 'past_k' else 'V'}], "
-                f"expected [{count}, {slots}, {groups}, {last}], got {list(past.shape)}"
-            )
-    if list(position.shape) != [count] or position.dtype != torch.int64:
-        raise ValueError(
-            f"window_attention: position must be int64 [S], expected [{count}], "
-            f"got {position.dtype} {list(position.shape)}"
-        )
+    if past_k.ndim != 4:
+        raise ValueError(f"window_attention: past_k must be [S, P, G, K], got {list(past_k.shape)}")
+    slots, same, device = past_k.shape[1], (q.dtype,), q.device
+    expect("window_attention", "past_k", past_k, "[S, P, G, K]", (count, slots, groups, width), same, device, "q")
+    expect("window_attention", "past_v", past_v, "[S, P, G, V]", (count, slots, groups, v.shape[3]), same, device, "q")
+    expect("window_attention", "position", position, "[S]", (count,), (torch.int64,), device, "q")
 
 
 def check_capacity(position: Tensor, slots: int, window: int | None) -> None:
