@@ -140,6 +140,47 @@ def test_scale_and_int8_come_together() -> None:
         linear(x, w, torch.ones(4))
 
 
+@pytest.mark.parametrize(
+    ("x", "weight", "scale", "message"),
+    [
+        (
+            torch.randn(2, 6),
+            torch.randn(4, 6).double(),
+            None,
+            "weight must have the dtype of x, expected float32, got float64",
+        ),
+        (torch.randn(9, 6).bfloat16(), torch.randn(4, 6), None, "expected bfloat16, got float32"),
+        (torch.ones(2, 6, dtype=torch.int64), torch.randn(4, 6), None, "expected int64, got float32"),
+        (torch.randn(2, 6), torch.randn(4, 6, device="meta"), None, "weight must be on cpu as x is, got meta"),
+        (torch.randn(2, 6, device="meta"), torch.randn(4, 6), None, "weight must be on meta as x is, got cpu"),
+        (torch.randn(2, 6), torch.ones(4, 6, dtype=torch.int8), torch.ones(4, device="meta"), "scale must be on cpu"),
+        (
+            torch.ones(2, 6, dtype=torch.int64),
+            torch.ones(4, 6, dtype=torch.int8),
+            torch.ones(4),
+            "floating .* got int64",
+        ),
+    ],
+)
+@pytest.mark.parametrize("no_grad", [False, True])
+def test_what_does_not_go_together_is_named(
+    no_grad: bool, x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor | None, message: str
+) -> None:
+    with torch.set_grad_enabled(not no_grad):
+        for call in (lambda: linear(x, weight, scale), lambda: linear_split(x, weight, (1, 3), scale)):
+            with pytest.raises(ValueError, match=f"linear: .*{message}"):
+                call()
+
+
+def test_autocast_mixes_dtypes_but_not_float64() -> None:
+    x, w = torch.randn(20, 8), torch.randn(4, 8)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(linear(x.bfloat16(), w), linear(x, w))
+        assert torch.equal(torch.cat(linear_split(x.bfloat16(), w, (1, 3)), -1), linear(x, w))
+        with pytest.raises(ValueError, match=r"linear: .* expected float64, got float32"):
+            linear(x.double(), w)
+
+
 @pytest.mark.parametrize("used", [(0, 1, 2), (0, 2), (1,)])
 @pytest.mark.parametrize("autocast", [False, True])
 def test_split_product_has_the_gradients_of_the_product(used: tuple[int, ...], autocast: bool) -> None:

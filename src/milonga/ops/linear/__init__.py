@@ -39,7 +39,8 @@ def linear(x: Tensor, weight: Tensor, scale: Tensor | None = None) -> Tensor:
         `[..., F]`, dtype of x. Relative RMS error against float64 with fp32 inputs: at most `ERROR_BOUND`.
 
     Raises:
-        ValueError: if the widths differ, or int8 weights and factors do not come together.
+        ValueError: if widths, dtypes or devices do not fit, or int8 weights and factors do not come together. Where
+            autocast is on, any two floating dtypes below float64 fit.
     """
     if weight.ndim != 2 or x.shape[-1] != weight.shape[1]:
         raise ValueError(f"linear: weight must be [F, {x.shape[-1]}] for x {list(x.shape)}, got {list(weight.shape)}")
@@ -49,6 +50,9 @@ def linear(x: Tensor, weight: Tensor, scale: Tensor | None = None) -> Tensor:
             f"linear: int8 weights take a scale [{weight.shape[0]}], others none; got {weight.dtype}, {got}"
         )
     stored = scale is not None or (weight.dtype == torch.bfloat16 and x.dtype == torch.float32)
+    alike = stored or x.dtype == weight.dtype if scale is None else x.is_floating_point() and scale.device == x.device
+    if x.device != weight.device or not alike:  # looked at closer only then: this runs for every decoded token
+        _check_mixed(x, weight, scale)
     if x.dtype == torch.float32 and x.device.type == "cpu" and not torch.is_autocast_enabled("cpu"):
         count = x.numel() // max(1, x.shape[-1])
         if count < MIN_ROWS and count > 0 and direct(x) and INSTALLED["numba"]:
@@ -59,6 +63,25 @@ def linear(x: Tensor, weight: Tensor, scale: Tensor | None = None) -> Tensor:
             y = linear_op(x.reshape(count, -1), widen(weight, scale, x.dtype) if stored else weight)
             return y.view(*x.shape[:-1], weight.shape[0])
     return F.linear(x, widen(weight, scale, x.dtype) if stored else weight)
+
+
+def _check_mixed(x: Tensor, weight: Tensor, scale: Tensor | None) -> None:
+    """Raise `ValueError` where x and weight lie apart, or differ in dtype and nothing makes them one."""
+    for name, tensor in (("weight", weight), ("scale", scale)):
+        if tensor is not None and tensor.device != x.device:
+            raise ValueError(f"linear: {name} must be on {x.device} as x is, got {tensor.device}")
+    dtypes = (x.dtype, weight.dtype)
+    wanted, got = (str(dtype).removeprefix("torch.") for dtype in dtypes)
+    if scale is not None:
+        if not x.is_floating_point():
+            raise ValueError(f"linear: x must be of a floating dtype beside int8 weights, got {wanted}")
+    elif torch.float64 in dtypes or not (x.is_floating_point() and weight.is_floating_point() and _autocast(x)):
+        raise ValueError(f"linear: weight must have the dtype of x, expected {wanted}, got {got}")
+
+
+def _autocast(x: Tensor) -> bool:
+    device = x.device.type
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
 def linear_split(x: Tensor, weight: Tensor, sizes: Sequence[int], scale: Tensor | None = None) -> tuple[Tensor, ...]:
@@ -73,7 +96,8 @@ def linear_split(x: Tensor, weight: Tensor, sizes: Sequence[int], scale: Tensor 
     """
     if sum(sizes) != weight.shape[0]:
         raise ValueError(f"linear: sizes must add up to {weight.shape[0]}, got {list(sizes)}")
-    if x.device.type == "cuda" and scale is None and torch.is_grad_enabled() and x.shape[-1] == weight.shape[1]:
+    fits = x.shape[-1:] == weight.shape[1:] and x.device == weight.device and (x.dtype == weight.dtype or _autocast(x))
+    if x.device.type == "cuda" and scale is None and torch.is_grad_enabled() and fits:
         return split_product(x, weight, sizes)
     return linear(x, weight, scale).split(list(sizes), -1)
 
