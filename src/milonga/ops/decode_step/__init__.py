@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from milonga.ops.backend import choice, kernels, refusal
+from milonga.ops.checks import FLOATS, expect, wide
 from milonga.ops.decode_step.reference import (
     MambaWeights,
     Norm,
@@ -38,6 +39,41 @@ def _triton(x: Tensor, backend: str) -> bool:
 def _expect_rows(x: Tensor, width: int, what: str) -> None:
     if x.ndim != 2 or x.shape[1] != width or x.shape[0] < 1:
         raise ValueError(f"decode_step: x must be [B, {width}] with B at least 1 for {what}, got {list(x.shape)}")
+    if x.dtype not in FLOATS:
+        got = str(x.dtype).removeprefix("torch.")
+        raise ValueError(f"decode_step: x must be float32, bfloat16, float16 or float64, got {got}")
+    if not x.is_contiguous():
+        raise ValueError(f"decode_step: x must be contiguous, got strides {list(x.stride())}")
+
+
+def _expect(x: Tensor, name: str, tensor: Tensor, letters: str, shape: tuple[int, ...], *dtypes: torch.dtype) -> None:
+    """Raise `ValueError` unless a tensor has this shape, one of these dtypes, the device of x, and is contiguous."""
+    expect("decode_step", name, tensor, letters, shape, dtypes, x.device)
+    if not tensor.is_contiguous():
+        raise ValueError(f"decode_step: {name} must be contiguous, got strides {list(tensor.stride())}")
+
+
+def _expect_norm(x: Tensor, norm: Norm) -> None:
+    _expect(x, "norm.weight", norm.weight, "[D]", (x.shape[1],), wide(x.dtype))
+    if norm.bias is not None:
+        _expect(x, "norm.bias", norm.bias, "[D]", (x.shape[1],), wide(x.dtype))
+
+
+def _expect_mamba(x: Tensor, weights: MambaWeights, conv: Tensor, ssm: Tensor) -> None:
+    batch, width = x.shape
+    (inner, states), rank, columns = weights.A_log.shape, weights.dt_proj.shape[1], weights.conv_weight.shape[1]
+    same, parameter = x.dtype, wide(x.dtype)
+    _expect(x, "in_proj", weights.in_proj, "[2E D]", (2 * inner, width), same)
+    _expect(x, "conv_weight", weights.conv_weight, "[E W]", (inner, columns), *FLOATS)
+    _expect(x, "conv_bias", weights.conv_bias, "[E]", (inner,), *FLOATS)
+    _expect(x, "x_proj", weights.x_proj, "[R+2N E]", (rank + 2 * states, inner), same)
+    _expect(x, "dt_proj", weights.dt_proj, "[E R]", (inner, rank), same)
+    _expect(x, "A_log", weights.A_log, "[E N]", (inner, states), parameter)
+    _expect(x, "D", weights.D, "[E]", (inner,), parameter)
+    _expect(x, "dt_bias", weights.dt_bias, "[E]", (inner,), parameter)
+    _expect(x, "out_proj", weights.out_proj, "[D E]", (width, inner), same)
+    _expect(x, "conv", conv, "[B W-1 E]", (batch, columns - 1, inner), same)
+    _expect(x, "ssm", ssm, "[B E N]", (batch, inner, states), parameter)
 
 
 def linear_step(
@@ -54,10 +90,10 @@ def linear_step(
     On a GPU a row's result does not depend on the other rows, nor, up to 16 rows, on how many there are.
 
     Args:
-        x: `[B D]`, float32, bfloat16, float16 (float64 in the reference).
+        x: `[B D]`, float32, bfloat16, float16 (float64 in the reference), contiguous.
         weight: `[F D]`, dtype of x, contiguous.
         norm: over D; none if absent.
-        residual: `[B F]`, dtype of x.
+        residual: `[B F]`, dtype of x, contiguous.
         dtype: of the result; that of x if absent.
         backend: `auto`, `reference` or `triton`.
 
@@ -65,9 +101,14 @@ def linear_step(
         `[B F]`. Sums at least fp32; relative RMS error against float64 with fp32 inputs at most `ERROR_BOUND`.
 
     Raises:
-        ValueError: if the shapes do not fit, or the backend cannot run here.
+        ValueError: if shapes, dtypes, devices or layouts do not fit, or the backend cannot run here.
     """
-    _expect_rows(x, weight.shape[1], "this weight")
+    _expect_rows(x, weight.shape[-1], "this weight")
+    _expect(x, "weight", weight, "[F D]", (weight.shape[0], x.shape[1]), x.dtype)
+    if norm is not None:
+        _expect_norm(x, norm)
+    if residual is not None:
+        _expect(x, "residual", residual, "[B F]", (x.shape[0], weight.shape[0]), x.dtype)
     run = kernels("decode_step", "triton").linear_step if _triton(x, backend) else linear_step_reference
     return run(x, weight, norm, residual, dtype or x.dtype)
 
@@ -75,10 +116,16 @@ def linear_step(
 def swiglu_step(x: Tensor, norm: Norm, gate_up: Tensor, down: Tensor, *, backend: str = "auto") -> Tensor:
     """`x + down(silu(gate) * up)` with gate and up from `norm(x)`: x `[B D]`, gate_up `[2H D]`, down `[D H]`.
 
+    All three are contiguous and of one dtype.
+
     Raises:
-        ValueError: if the shapes do not fit, or the backend cannot run here.
+        ValueError: if shapes, dtypes, devices or layouts do not fit, or the backend cannot run here.
     """
-    _expect_rows(x, gate_up.shape[1], "gate_up")
+    _expect_rows(x, gate_up.shape[-1], "gate_up")
+    hidden = down.shape[-1]
+    _expect(x, "gate_up", gate_up, "[2H D]", (2 * hidden, x.shape[1]), x.dtype)
+    _expect(x, "down", down, "[D H]", (x.shape[1], hidden), x.dtype)
+    _expect_norm(x, norm)
     run = kernels("decode_step", "triton").swiglu_step if _triton(x, backend) else swiglu_step_reference
     return run(x, norm, gate_up, down)
 
@@ -89,22 +136,20 @@ def mamba_step_(
     """One step of a Mamba layer behind its norm, with the residual: -> `x + mamba(norm(x))`, states in place.
 
     Args:
-        x: `[B D]`.
+        x: `[B D]`, contiguous.
         norm: over D.
-        weights: the layer's; E a multiple of 16 on a GPU.
+        weights: the layer's, contiguous, matrices of products in the dtype of x; E a multiple of 16 on a GPU.
         conv: `[B W-1 E]`, dtype of x, contiguous: the columns before this step, then after it.
-        ssm: `[B E N]`, fp32, contiguous: likewise.
+        ssm: `[B E N]`, fp32 (float64 where x is), contiguous: likewise.
         backend: `auto`, `reference` or `triton`.
 
     Raises:
-        ValueError: if the shapes do not fit, or the backend cannot run here.
+        ValueError: if shapes, dtypes, devices or layouts do not fit, or the backend cannot run here.
     """
-    inner, states = weights.A_log.shape
-    _expect_rows(x, weights.in_proj.shape[1], "in_proj")
-    if conv.shape != (x.shape[0], weights.conv_weight.shape[1] - 1, inner) or not conv.is_contiguous():
-        raise ValueError(f"decode_step: conv must be [B, W-1, E] and contiguous, got {list(conv.shape)}")
-    if ssm.shape != (x.shape[0], inner, states) or not ssm.is_contiguous():
-        raise ValueError(f"decode_step: ssm must be [B, E, N] and contiguous, got {list(ssm.shape)}")
+    _expect_rows(x, weights.in_proj.shape[-1], "in_proj")
+    _expect_norm(x, norm)
+    _expect_mamba(x, weights, conv, ssm)
+    inner = weights.A_log.shape[0]
     triton = _triton(x, backend)
     if triton and inner % 16:
         raise ValueError(f"decode_step: the inner width must be a multiple of 16 on a GPU, got {inner}")
