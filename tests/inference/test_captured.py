@@ -5,13 +5,13 @@ import pytest
 import torch
 
 from milonga.errors import UserError
-from milonga.inference.captured import RUN, CapturedRunner, Decoder, decode_step
+from milonga.inference.captured import RUN, CapturedRunner, Decoder, decode_step, runner_for
 from milonga.inference.device_sampling import device_mode, draw_on_device
 from milonga.inference.runner import NetworkRunner
 from milonga.inference.sampling import Sampler, Sampling, Uniforms
 from milonga.layers.linear import store_weights
 from milonga.state import clone, named_tensors, select, to_flat
-from tests.inference.helpers import CONFIGS, opinionated
+from tests.inference.helpers import ATTENTION, CONFIGS, GROWING, opinionated
 from tests.laws.test_laws import SPLIT_BOUND, assert_same_state
 from tests.ops.helpers import relative_rms
 
@@ -149,6 +149,54 @@ def test_a_captured_runner_is_a_runner(name: str) -> None:
             behind, mine = captured.step(piece[:, -1:], mine_after)
             assert relative_rms(behind, logits) <= SPLIT_BOUND
             at += length
+
+
+@pytest.mark.parametrize("name", ["growing", "attention"])
+def test_a_captured_runner_grows(name: str) -> None:
+    """Past three doublings: what it returned before stays its own, a long state comes in, stale traces are refused."""
+    network = opinionated(GROWING if name == "growing" else ATTENTION.replace_layer("swa", window=None)).network
+    plain, captured = NetworkRunner(network), CapturedRunner(network, 2, capacity=4)
+    tokens = torch.randint(256, (2, 400))
+    theirs = mine = network.init_state(2)
+    at, capacities = 0, set()
+    with torch.inference_mode():
+        while at < 40:
+            captured.ensure(at + 8)
+            piece = tokens[:, at : at + 7]
+            expected, trace = plain.verify(piece, theirs)
+            got, captured_trace = captured.verify(piece, mine)
+            assert relative_rms(got[:, :7], expected) <= SPLIT_BOUND
+            theirs, mine = plain.commit(theirs, trace, [5, 7]), captured.commit(mine, captured_trace, [5, 7])
+            logits, theirs = plain.step(piece[:, -1:], theirs)
+            behind, mine = captured.step(piece[:, -1:], mine)
+            assert relative_rms(behind, logits) <= SPLIT_BOUND
+            assert any(mine is state for state in captured._states)
+            at += 8
+            capacities.add(captured.capacity)
+        assert capacities == {8, 16, 32, 64}
+        captured.verify(piece, mine)
+        captured.ensure(65)
+        with pytest.raises(AssertionError):
+            captured.commit(mine, captured_trace, [1, 1])
+        _, long = read(network, tokens[:, :300])  # its buffers have 512 slots
+        expected, trace = plain.verify(piece, long)
+        got, captured_trace = captured.verify(piece, long)
+        assert captured.capacity == 512 and relative_rms(got[:, :7], expected) <= SPLIT_BOUND
+        logits, _ = plain.step(piece[:, :1], plain.commit(long, trace, [3, 0]))
+        behind, _ = captured.step(piece[:, :1], captured.commit(long, captured_trace, [3, 0]))
+        assert relative_rms(behind, logits) <= SPLIT_BOUND
+
+
+def test_a_runner_for_the_device() -> None:
+    """On a CPU the plain one; one made outside inference mode grows inside it, and the other way round."""
+    network = opinionated(GROWING).network
+    assert isinstance(runner_for(network), NetworkRunner)
+    with torch.inference_mode():
+        captured = CapturedRunner(network)
+    captured.ensure(65)
+    with torch.no_grad():
+        _, trace = captured.verify(torch.tensor([[1, 2]]), network.init_state(1))
+        assert captured.commit(network.init_state(1), trace, [2]) is captured._states[1]
 
 
 def test_bad_numbers() -> None:

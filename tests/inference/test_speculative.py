@@ -19,7 +19,7 @@ from milonga.inference.runner import NetworkRunner
 from milonga.inference.sampling import Sampling
 from milonga.inference.speculative import SpeculativeDecoder
 from milonga.state import merge
-from tests.inference.helpers import CONFIGS, MAMBA, SAMBA, opinionated
+from tests.inference.helpers import CONFIGS, GROWING, MAMBA, SAMBA, opinionated
 
 MERGES = [(b" ", b"t"), (b"h", b"e"), (b" t", b"he"), (b" the", b"m"), (b"a", b"b"), (b"ab", b"c"), (b"c", b"a")]
 FEW = settings(max_examples=3)
@@ -169,11 +169,11 @@ def test_accepted_bytes_are_read_once():
 def test_captured_runners_write_the_same(name, kind):
     """Verifier and drafter in static buffers; on a CPU without graphs. Several calls on one session."""
     lm, plainly = verifier(name), drafters(name)[kind]
-    captured = ModelDrafter(plainly.model, CapturedRunner(plainly.model.network, capacity=256))
+    captured = ModelDrafter(plainly.model, CapturedRunner(plainly.model.network))
     for rule in ("greedy", "exact"):
         sampling = Sampling(seed=11, temperature=0.7, repetition_penalty=2.0)
         texts = []
-        for drafter, runner in ((plainly, None), (captured, CapturedRunner(lm.network, capacity=256))):
+        for drafter, runner in ((plainly, None), (captured, CapturedRunner(lm.network))):
             decoder = SpeculativeDecoder(lm, drafter, rule=rule, draft=6, runner=runner)
             session = lm.session()
             first = decoder.generate_bytes(session, 20, sampling)
@@ -183,6 +183,28 @@ def test_captured_runners_write_the_same(name, kind):
             assert twin.position == 20 and session.position == 35
             texts.append(text + b"".join(twin.generate_bytes(5, sampling)))
         assert texts[0] == texts[1]
+
+
+@pytest.mark.parametrize("rule", ["greedy", "exact"])
+@pytest.mark.parametrize("kind", ["near", "subwords"])
+def test_captured_runners_grow_with_the_text(rule, kind):
+    """Full attention, the runners as they come: behind a long prompt, and past two doublings of what it needs."""
+    lm = verifier("growing")
+    near = drafters("growing")[kind].model
+    if kind == "subwords":  # full attention in the drafter too
+        near = LanguageModel(GROWING.replace(vocab_size=near.codec.vocab_size).build(seed=3), near.codec)
+    for prompt, n in ((b"abc the mat " * 20, 20), (b"a", 140)):
+        texts = []
+        for captured in (False, True):
+            runners = [CapturedRunner(network) if captured else None for network in (near.network, lm.network)]
+            decoder = SpeculativeDecoder(lm, ModelDrafter(near, runners[0]), rule=rule, draft=6, runner=runners[1])
+            session = lm.session()
+            session.feed(prompt)
+            sampling = Sampling(seed=11, temperature=0.7, repetition_penalty=2.0)
+            texts.append(b"".join(decoder.generate_bytes(session, n, sampling, context=prompt)))
+        assert texts[0] == texts[1] and len(texts[0]) == n
+        assert runners[1].capacity == (256 if n == 140 else 512)
+        assert kind == "subwords" or runners[0].capacity == runners[1].capacity
 
 
 def tied(name):

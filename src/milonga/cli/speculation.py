@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from milonga.errors import UserError
 from milonga.inference import LanguageModel, load
 from milonga.inference.acceptance import RULES, Rule
+from milonga.inference.captured import runner_for
 from milonga.inference.drafters import NgramDrafter
 from milonga.inference.model_drafter import ModelDrafter
 from milonga.inference.speculative import DRAFT, SpeculativeDecoder
@@ -42,14 +43,14 @@ def speculation_of(drafter: str | None, rule: str | None, draft: int | None) -> 
 
 
 def decoder_of(lm: LanguageModel, asked: Speculation) -> SpeculativeDecoder:
-    """The decoder, its drafter on the verifier's device.
+    """The decoder, its drafter on the verifier's device; on a GPU both are captured. For one text at a time.
 
     Raises:
         UserError: if there is no model to draft with, or the two cannot work together.
     """
     model = None if asked.drafter == NGRAM else load(asked.drafter, device=lm.device)
-    drafter = NgramDrafter() if model is None else ModelDrafter(model)
-    return SpeculativeDecoder(lm, drafter, rule=asked.rule, draft=asked.draft)
+    drafter = NgramDrafter() if model is None else ModelDrafter(model, runner_for(model.network))
+    return SpeculativeDecoder(lm, drafter, rule=asked.rule, draft=asked.draft, runner=runner_for(lm.network))
 
 
 def speculation_facts(decoder: SpeculativeDecoder) -> dict[str, object]:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from milonga.errors import UserError
 from milonga.inference.device_sampling import Mode, draw_on_device
+from milonga.inference.runner import NetworkRunner, Runner
 from milonga.layers.attention import buffer_capacity
 from milonga.layers.base import Trace
 from milonga.layers.norm import norm_of
@@ -258,19 +259,20 @@ class CapturedRunner:
     """A `Runner` of speculative decoding whose verification, commit and step are captured.
 
     The states that it returns are its own two buffers in turn: one lives until the commit after the next. Clone what is
-    to be kept for longer. States from elsewhere are copied in.
+    to be kept for longer. States from elsewhere are copied in. So it serves one set of texts at a time.
 
     Args:
         network: in eval mode, its weights fixed.
         rows: B of every call.
-        capacity: tokens that a state which grows has room for; not needed by others.
+        capacity: tokens that a state which grows has room for at first (see `ensure`); not needed by others.
     """
 
     PAD = 4  # pieces are padded to a multiple of so many tokens, so that few graphs serve all lengths
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def __init__(self, network: Network, rows: int = 1, *, capacity: int = RUN):
-        self.network, self.rows, self.capacity = network, rows, capacity
+        self.network, self.rows, self.capacity, self._grows = network, rows, capacity, grows(network)
         self.device = network.embedding.weight.device
         first = network.resized(network.init_state(rows), capacity)
         self._states = [first, clone(first)]
@@ -338,15 +340,23 @@ class CapturedRunner:
             )
         return self._step[index]().clone(), mine
 
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def ensure(self, capacity: int) -> None:
-        """Make room for `capacity` tokens a row in a state that grows. States returned before are no longer known."""
-        if capacity <= self.capacity or not grows(self.network):
+        """As `Runner.ensure`: doubled, and its graphs captured anew. States returned before have the room too."""
+        if not self._grows or capacity <= self.capacity:
             return
         while self.capacity < capacity:
             self.capacity *= 2
-        with torch.no_grad():
-            self._states = [self.network.resized(state, self.capacity) for state in self._states]
-        self._verify.clear(), self._commit.clear(), self._step.clear()
+        for state in self._states:
+            larger = self.network.resized(state, self.capacity)
+            for (_, mine), (_, new) in zip(named_tensors(state), named_tensors(larger), strict=True):
+                if new is not mine:
+                    mine.set_(new)  # the same tensor, with other memory: whoever holds the state has the room
+        self._verify.clear()
+        self._commit.clear()
+        self._step.clear()
+        self._last = None  # its trace belongs to a graph that is no more
 
     def _tokens_of(self, length: int) -> Tensor:
         if length not in self._tokens:
@@ -360,8 +370,22 @@ class CapturedRunner:
                 return index
         if batch_size(state) not in (0, self.rows):
             raise ValueError(f"captured: the state must have {self.rows} rows, got {batch_size(state)}")
+        self.ensure(_room(self._states[0], state))
         copy_state(self._states[0], state)
         return 0
 
 
-__all__ = ["RUN", "CapturedRunner", "Decoder", "Replay", "copy_state", "decode_step", "grows"]
+def _room(mine: NetworkState, its: NetworkState) -> int:
+    """Slots of the buffers of `its` that grow; 0 where none do, or none are larger than mine."""
+    pairs = zip(named_tensors(mine), named_tensors(its), strict=True)
+    return max((b.shape[1] for (_, a), (_, b) in pairs if b.ndim > 1 and b.shape[1] > a.shape[1]), default=0)
+
+
+def runner_for(network: Network, rows: int = 1) -> Runner:
+    """What runs a network for one generation of `rows` texts at a time: captured on a GPU, plain on a CPU."""
+    if network.embedding.weight.device.type == "cuda":
+        return CapturedRunner(network, rows)
+    return NetworkRunner(network)
+
+
+__all__ = ["RUN", "CapturedRunner", "Decoder", "Replay", "copy_state", "decode_step", "grows", "runner_for"]

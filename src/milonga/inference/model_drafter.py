@@ -139,12 +139,14 @@ class ModelStream:
         heads = [_settled(text) for text in texts]
         self._tails = [text[len(head) :] for text, head in zip(texts, heads, strict=True)]
         rows = [self._read(head) for head in heads]
+        self._lengths = [length for _, _, length in rows]  # tokens of each text that the state stands behind
         with torch.inference_mode():
-            self._state: NetworkState = merge([state for state, _ in rows]) if len(rows) > 1 else rows[0][0]
-            self._behind = torch.cat([logits for _, logits in rows])  # [B V]: the prediction there
+            self._state: NetworkState = merge([state for state, _, _ in rows]) if len(rows) > 1 else rows[0][0]
+            self._behind = torch.cat([logits for _, logits, _ in rows])  # [B V]: the prediction there
 
     @torch.inference_mode()
-    def _read(self, text: bytes) -> tuple[NetworkState, Float[Tensor, "1 V"]]:
+    def _read(self, text: bytes) -> tuple[NetworkState, Float[Tensor, "1 V"], int]:
+        """-> (the state behind the text, the prediction there, its tokens)."""
         network = self._drafter.model.network
         state = network.init_state(1)
         logits = torch.zeros(1, network.config.vocab_size, device=self._device)
@@ -152,7 +154,7 @@ class ModelStream:
         for start in range(0, len(ids), _PIECE):
             output = network(ids[None, start : start + _PIECE], state, logits="last")
             state, logits = output.state, output.logits
-        return state, logits
+        return state, logits, len(ids)
 
     def extend(self, written: Sequence[bytes]) -> None:
         """As `DraftStream.extend`."""
@@ -161,7 +163,7 @@ class ModelStream:
     @torch.inference_mode()
     def draft(self, limit: int, temperature: float, dice: Sequence[Dice]) -> Sequence[RowDraft]:
         """As `DraftStream.draft`."""
-        state, logits, open_, settle = self._catch_up(temperature, dice)
+        state, logits, open_, settle = self._catch_up(limit, temperature, dice)
         sums: list[Tensor] = []
         drafts = [ModelDraft(row, sums, self._drafter.vocabulary) for row in range(len(self._tails))]
         stuck = [False] * len(drafts)
@@ -187,13 +189,15 @@ class ModelStream:
         return drafts
 
     def _catch_up(
-        self, temperature: float, dice: Sequence[Dice]
+        self, limit: int, temperature: float, dice: Sequence[Dice]
     ) -> tuple[NetworkState, Float[Tensor, "B V"], list[bytes], Callable[[], None]]:
         """Read the last tokens: -> (the state behind those that have ended, the prediction there, the bytes of the
-        token that has not, what moves on behind tokens that are settled)."""
+        token that has not, what moves on behind tokens that are settled). Up to `limit` steps follow."""
         codec, rows = self._drafter.model.codec, range(len(self._tails))
         tails = [codec.encode(tail).tolist() for tail in self._tails]
         longest = max(map(len, tails))
+        read = [length + len(tail) for length, tail in zip(self._lengths, tails, strict=True)]
+        self._runner.ensure(max(read) + limit)  # a step gives a byte or more
         padded = torch.tensor([tail + [0] * (longest - len(tail)) for tail in tails], dtype=torch.int64)
         logits, trace = self._runner.verify(padded.to(self._device), self._state)
         behind = torch.cat([self._behind[:, None], logits[:, :longest].to(self._behind.dtype)], 1)
@@ -228,6 +232,7 @@ class ModelStream:
         self._state = self._runner.commit(self._state, trace, settled)
         self._behind = behind[list(range(len(tails))), settled].clone()
         for row, (tail, count) in enumerate(zip(tails, settled, strict=True)):
+            self._lengths[row] += count
             self._tails[row] = self._tails[row][sum(len(self._drafter.tokens[token]) for token in tail[:count]) :]
 
     def _final(self, tail: list[int]) -> int:

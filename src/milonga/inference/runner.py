@@ -20,6 +20,14 @@ class Runner(Protocol):
     the T tokens.
     """
 
+    def ensure(self, capacity: int) -> None:
+        """Make room for `capacity` tokens a row, where states grow with the text and buffers have to be made for them.
+
+        Called before a verification, with the most tokens that a row will have read by the next call. States that were
+        returned before stay what they are; the trace of the last verification does not serve any more.
+        """
+        ...
+
     def verify(
         self, tokens: Int[Tensor, "B T"], state: NetworkState
     ) -> tuple[Float[Tensor, "B P V"], tuple[Trace, ...]]:
@@ -40,6 +48,9 @@ class NetworkRunner:
 
     def __init__(self, network: Network):
         self._network, self._length = network, 0
+
+    def ensure(self, capacity: int) -> None:
+        """As `Runner.ensure`: nothing to do, states are values."""
 
     def verify(
         self, tokens: Int[Tensor, "B T"], state: NetworkState

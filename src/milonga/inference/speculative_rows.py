@@ -173,6 +173,7 @@ class SpeculativeRows:
             bytes([row.last or 0]) + draft.text[:count]
             for row, draft, count in zip(self._rows, drafts, counts, strict=True)
         ]
+        self._runner.ensure(self._longest() + limit)
         logits, trace = self._runner.verify(self._tokens(fed), self._state)
         host = logits.cpu().numpy()
         decisions = [
@@ -231,6 +232,7 @@ class SpeculativeRows:
         the next bytes)."""
         if any(row.last is not None for row in self._rows):
             keep = [0 if row.last is None else 1 for row in self._rows]
+            self._runner.ensure(self._longest())
             logits, trace = self._runner.verify(
                 self._tokens([bytes([row.last or 0]) for row in self._rows]), self._state
             )
@@ -240,6 +242,10 @@ class SpeculativeRows:
             for row in self._rows:
                 row.last = None
         return clone(self._state), self._logits.clone()  # the runner may use its buffers again
+
+    def _longest(self) -> int:
+        """Tokens of the longest text, with the last byte, which is not read yet."""
+        return max(row.sampler.position for row in self._rows)
 
     def _tokens(self, texts: Sequence[bytes]) -> Tensor:
         longest = max(map(len, texts))
