@@ -1,7 +1,8 @@
 """Many texts written at once: they join and leave while others go on, and nothing is padded."""
 
+import math
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -20,7 +21,7 @@ from milonga.models.network import Network
 from milonga.segments import Segments
 from milonga.state import merge, select
 
-Ended = Literal["length", "stop"]
+Ended = Literal["length", "stop", "error"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,12 +38,15 @@ class Event:
     Attributes:
         ticket: which text.
         data: bytes that are certain to stand before any stop text; may be empty.
-        ended: why this is the last event of the text; None if it goes on.
+        ended: why this is the last event of the text; None if it goes on. `error`: the model predicts NaN behind it, or
+            its settings leave nothing to write there. The other texts go on.
+        error: what went wrong then.
     """
 
     ticket: Ticket
     data: bytes
     ended: Ended | None = None
+    error: str | None = None
 
 
 @dataclass(slots=True)
@@ -54,9 +58,9 @@ class _Text:
     n: int | None
     place: Mark  # where it stands; once it has a row, without the state and the logits
     unread: np.ndarray  # ids of a prompt that are still to be read
-    sampler: Sampler | None = None
-    uniforms: Uniforms | None = None
-    finder: StopFinder | None = None
+    sampler: Sampler  # stands behind the prompt
+    uniforms: Uniforms
+    finder: StopFinder | None
     written: int = 0
     fresh: list[int] = field(default_factory=list)  # ids written since `place`
 
@@ -80,9 +84,10 @@ class Batch:
         max_rows: texts that are written at once; others wait.
         exact: every step runs over `max_rows` rows, whoever is there, and every prompt is read by itself in the pieces
             that a session would read: what a text gives does not depend on the others to the last bit.
+        keep: texts that ended by themselves whose sessions `leave` still gives: the newest. None: 4 times `max_rows`.
 
     Raises:
-        UserError: if `max_rows` is below 1.
+        UserError: if `max_rows` is below 1, or `keep` below 0.
     """
 
     def __init__(
@@ -93,7 +98,10 @@ class Batch:
         *,
         max_rows: int = 16,
         exact: bool = False,
+        keep: int | None = None,
     ):
+        if keep is not None and keep < 0:
+            raise UserError(f"batch: keep must be 0 or more, got {keep}")
         self._network, self.codec, self._session, self.exact = network, codec, session, exact
         self._device = network.embedding.weight.device
         buckets = [max_rows] if exact else None
@@ -102,7 +110,8 @@ class Batch:
         self._decoder = Decoder(network, max_rows, capacity=2 * RUN, buckets=buckets)
         self._rows: list[_Text] = []  # text i has row i; rows behind the last text are idle
         self._waiting: deque[_Text] = deque()
-        self._left: dict[Ticket, Session] = {}  # ended by themselves, not yet taken out
+        self._left: dict[Ticket, Session] = {}  # ended by themselves, not yet taken out; the oldest first
+        self._keep = 4 * max_rows if keep is None else keep
         self._tickets, self._idle = 0, 0
 
     @property
@@ -141,66 +150,70 @@ class Batch:
             place = session.mark()
         else:
             place, ids = self._session().mark(), self.codec.encode(text)
+        chosen, unread = sampling or Sampling(), np.asarray(ids, np.int64)
+        behind = place.advanced(unread, place.state, place.logits, self.codec) if len(unread) else place
+        sampler = self._at(behind).sampler(chosen, n)  # what cannot be written is refused here
+        chosen = sampler.sampling
+        assert chosen.seed is not None
+        finder = StopFinder(chosen.stop) if chosen.stop else None
         ticket = Ticket(self._tickets)
-        waiting = _Text(ticket, sampling or Sampling(), n, place, np.asarray(ids, np.int64))
-        if not len(ids):
-            self._prepare(waiting)
+        self._waiting.append(_Text(ticket, chosen, n, place, unread, sampler, Uniforms(chosen.seed), finder))
         self._tickets += 1
-        self._waiting.append(waiting)
         return ticket
 
     def step(self) -> list[Event]:
         """One token of every text that has a row, drawn on the host in float64 as a session draws: -> what was written.
 
-        Prompts are read a piece at a time between the steps, so that texts in flight do not wait for a long one.
-
-        Raises:
-            UserError: if the model predicts NaN.
+        Prompts are read a piece at a time between the steps, so that texts in flight do not wait for a long one. A text
+        for which nothing can be drawn ends with an event that says so; its session stands before that token.
         """
-        self._admit()
-        if not self._rows:
-            return []
+        events = self._admit()
         logits = self._decoder.logits[: len(self._rows)].cpu().numpy()
-        ids = []
-        for text, row in zip(self._rows, logits, strict=True):
-            assert text.sampler is not None
-            ids.append(text.sampler.draw(row))
+        chosen, broken = {}, {}
+        for row, (text, scores) in enumerate(zip(self._rows, logits, strict=True)):
+            try:
+                chosen[text.ticket] = text.sampler.choose(scores)
+            except UserError as error:
+                broken[row] = str(error)
+        events += self._break(broken)
+        if not self._rows:
+            return events
+        ids = [chosen[text.ticket] for text in self._rows]  # rows have moved up where texts ended
         rows = self._make_room(1)
         self._decoder.tokens[: len(ids), 0].copy_(torch.tensor(ids))
         self._decoder.step(rows)
-        return self._written(np.array([ids]))
+        return events + self._written(np.array([ids]))
 
     def run(self, steps: int = RUN) -> list[Event]:
         """As many steps as `steps`, drawn on the device without waiting for it: for throughput.
 
         Fewer where a text reaches its length before. Where settings need the host (see `device_mode`) or have stop
-        texts, this is one `step`. The numbers drawn with are the same, so the text is.
+        texts, this is one `step`. The numbers drawn with are the same, so the text is. A model that predicts NaN within
+        a run is noticed at the end of it: what this run gave of that text is not to be trusted.
 
         Raises:
             UserError: if `steps` is below 1.
         """
         if steps < 1:
             raise UserError(f"batch: steps must be at least 1, got {steps}")
-        self._admit()
+        events = self._admit()
+        events += self._break(self._broken())
         mode = device_mode([text.sampling for text in self._rows])
         if not self._rows or mode is None or any(text.finder is not None for text in self._rows):
-            return self.step()
+            return events + self.step()
         left = [text.n - text.written for text in self._rows if text.n is not None]
         count = min([steps, RUN, *left])
         self._set_up(count)
         rows = self._make_room(count)
         drawn = self._decoder.run(rows, count, mode)[:, : len(self._rows)].cpu().numpy()
-        for ids in drawn:
-            for text, token in zip(self._rows, ids, strict=True):
-                assert text.sampler is not None
-                text.sampler.accept(int(token))
-        return self._written(drawn)
+        return events + self._written(drawn, self._broken())
 
     def leave(self, ticket: Ticket) -> Session:
-        """Take a text out, ended or not: -> a session that stands behind the last token written.
+        """Take a text out, ended or not: -> a session that stands behind the last token written, or behind what is read of
+        its prompt.
 
         Raises:
-            UserError: if it is not there, or its prompt is not read yet.
+            UserError: if it is not there: it has left already, or ended so long ago that it is not kept (see `keep`).
         """
         if ticket in self._left:
             return self._left.pop(ticket)
@@ -209,11 +222,9 @@ class Batch:
                 return self._remove(row)
         for text in self._waiting:
             if text.ticket == ticket:
-                if len(text.unread):
-                    raise UserError("batch: the prompt of this text is not read yet; step first")
                 self._waiting.remove(text)
                 return self._at(text.place)
-        raise UserError(f"batch: there is no text {ticket.number} here; it may have left already")
+        raise UserError(f"batch: there is no text {ticket.number} here; it may have left already, or ended long ago")
 
     def events(self) -> Iterator[Event]:
         """Step until every text that joined with a length has ended; texts without one leave before or go on."""
@@ -225,16 +236,10 @@ class Batch:
         session.rewind(place)
         return session
 
-    def _prepare(self, text: _Text) -> None:
-        """The prompt is read: what draws from here on."""
-        sampler = self._at(text.place).sampler(text.sampling, text.n)
-        text.sampler, text.sampling = sampler, sampler.sampling
-        assert sampler.sampling.seed is not None
-        text.uniforms = Uniforms(sampler.sampling.seed)
-        text.finder = StopFinder(text.sampling.stop) if text.sampling.stop else None
-
-    def _admit(self) -> None:
-        """Read a piece of the prompts that have a row to come, and give rows to those that are read."""
+    def _admit(self) -> list[Event]:
+        """Read a piece of the prompts that have a row to come, and give rows to those that are read: -> events of texts
+        of length 0."""
+        events: list[Event] = []
         free = self._decoder.rows - len(self._rows)
         coming = [self._waiting[i] for i in range(min(free, len(self._waiting)))]
         reading = [text for text in coming if len(text.unread)]
@@ -245,12 +250,39 @@ class Batch:
                 continue
             self._waiting.remove(text)
             if text.n == 0:
-                self._left[text.ticket] = self._at(text.place)
+                self._end(text.ticket, self._at(text.place))
+                events.append(Event(text.ticket, b"", "length"))
                 continue
             self._decoder.ensure(text.place.position + 1)
             self._decoder.load(len(self._rows), text.place.state, text.place.logits)
             text.place = _without_state(text.place)
             self._rows.append(text)
+        return events
+
+    def _end(self, ticket: Ticket, session: Session) -> None:
+        """A text ended by itself: its session can be taken out until `keep` others have ended."""
+        self._left[ticket] = session
+        while len(self._left) > self._keep:
+            del self._left[next(iter(self._left))]
+
+    def _broken(self) -> dict[int, str]:
+        """The rows from whose logits nothing can be drawn, and why."""
+        best = self._decoder.logits[: len(self._rows)].amax(-1)
+        return {
+            row: f"generate: the model predicts {top} for the next token; its weights are damaged"
+            for row, top in enumerate(best.tolist())
+            if not math.isfinite(top)
+        }
+
+    def _break(self, broken: dict[int, str]) -> list[Event]:
+        """End the texts of these rows, where they stand."""
+        events = []
+        for row in sorted(broken, reverse=True):
+            text = self._rows[row]
+            rest = text.finder.rest() if text.finder is not None else b""
+            events.append(Event(text.ticket, rest, "error", broken[row]))
+            self._end(text.ticket, self._remove(row))
+        return events
 
     @torch.inference_mode()
     def _read(self, texts: list[_Text]) -> None:
@@ -270,8 +302,6 @@ class Batch:
             behind, logits = select(output.state, [index]), output.logits[index].clone()
             text.place = text.place.advanced(text.unread[:length], behind, logits, self.codec)
             text.unread = text.unread[length:]
-            if not len(text.unread):
-                self._prepare(text)
 
     def _make_room(self, steps: int) -> int:
         """Ready the buffers for `steps` more tokens of every row: -> the rows that are run."""
@@ -290,7 +320,6 @@ class Batch:
         settings = [text.sampling for text in self._rows]
         numbers = np.zeros((count, rows))
         for row, text in enumerate(self._rows):
-            assert text.uniforms is not None
             for step in range(count):
                 numbers[step, row] = text.uniforms(text.position + step)
         decoder = self._decoder
@@ -300,31 +329,32 @@ class Batch:
             decoder.top_p[:rows].copy_(torch.tensor([s.top_p or 1.0 for s in settings], dtype=torch.float64))
             decoder.uniforms[:count, :rows].copy_(torch.from_numpy(numbers))
 
-    def _written(self, drawn: np.ndarray) -> list[Event]:
+    def _written(self, drawn: np.ndarray, broken: Mapping[int, str] | None = None) -> list[Event]:
         """Account for the ids `[steps rows]` that were drawn and read: -> events, the texts that end taken out."""
         events, ended = [], []
-        for ids in drawn:
+        for step, ids in enumerate(drawn, start=1):
             for row, text in enumerate(self._rows):
-                token = int(ids[row])
+                token, error = int(ids[row]), (broken or {}).get(row) if step == len(drawn) else None
+                text.sampler.accept(token)
                 text.fresh.append(token)
                 text.written += 1
                 data, why = self.codec.token_bytes[token], None
                 if text.finder is not None:
                     data = text.finder.feed(data)
                     why = "stop" if text.finder.found is not None else None
-                if why is None and text.written == text.n:
-                    why = "length"
+                if why is None and (error is not None or text.written == text.n):
+                    why = "length" if error is None else "error"
                     data += text.finder.rest() if text.finder is not None else b""
                 if why is not None:
                     ended.append(row)
-                events.append(Event(text.ticket, data, why))
+                events.append(Event(text.ticket, data, why, error if why == "error" else None))
         for text in self._rows:
             if len(text.fresh) >= 4 * RUN:
                 text.place = _moved(text, self.codec)
                 text.fresh = []
         for row in sorted(ended, reverse=True):
             ticket = self._rows[row].ticket
-            self._left[ticket] = self._remove(row)
+            self._end(ticket, self._remove(row))
         return events
 
     def _remove(self, row: int) -> Session:

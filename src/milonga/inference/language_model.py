@@ -84,13 +84,13 @@ class LanguageModel:
             session.restore(path)
         return session
 
-    def batch(self, *, max_rows: int = 16, exact: bool = False) -> Batch:
+    def batch(self, *, max_rows: int = 16, exact: bool = False, keep: int | None = None) -> Batch:
         """Texts written together, `max_rows` at once; they join and leave while others go on. See `Batch`.
 
         Raises:
-            UserError: if `max_rows` is below 1.
+            UserError: if `max_rows` is below 1, or `keep` below 0.
         """
-        return Batch(self.network, self.codec, self.session, max_rows=max_rows, exact=exact)
+        return Batch(self.network, self.codec, self.session, max_rows=max_rows, exact=exact, keep=keep)
 
     def __repr__(self) -> str:
         return f"LanguageModel({str(self.path) if self.path else 'in memory'!r}, device={str(self.device)!r})"

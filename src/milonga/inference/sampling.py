@@ -267,13 +267,16 @@ class Sampler:
         if self._constraint is not None and self._place is not None:
             self._place = self._constraint.after(self._place, token)
 
-    def draw(self, logits: np.ndarray) -> int:
-        """Draw the next token from its `logits [V]` and go on behind it. Raises as `distribution`."""
+    def choose(self, logits: np.ndarray) -> int:
+        """What `draw` draws, without going on behind it. Raises as `distribution`."""
         probabilities = self.probabilities(logits)
         if self.sampling.temperature == 0:
-            token = int(probabilities.argmax())
-        else:
-            token = pick(probabilities, self.uniform())
+            return int(probabilities.argmax())
+        return pick(probabilities, self.uniform())
+
+    def draw(self, logits: np.ndarray) -> int:
+        """Draw the next token from its `logits [V]` and go on behind it. Raises as `distribution`."""
+        token = self.choose(logits)
         self.accept(token)
         return token
 
