@@ -1,7 +1,7 @@
 """A session: one text, read as it comes, in a state of constant size."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from milonga.inference.generation import Generation, as_bytes, as_text
 from milonga.inference.in_place import InPlace, last_ids
 from milonga.inference.marks import KeptMarks, Mark
 from milonga.inference.sampling import Sampler, Sampling
+from milonga.inference.session_arguments import Stops, alternatives, settings_of
 from milonga.inference.session_file import read_session, write_session
 from milonga.models.network import LogitsOf, Network
 from milonga.state import clone
@@ -36,7 +37,6 @@ SETTLED = 512
 _SCORED = 1 << 24
 
 Progress = Callable[[int], None]
-Stops = str | bytes | Sequence[str | bytes]
 
 
 def piece_length(device: torch.device) -> int:
@@ -211,8 +211,8 @@ class Session:
         Raises:
             UserError: if an argument is out of range (at once), or the model predicts NaN.
         """
-        settings = _settings(sampling, temperature, top_k, top_p, seed, stop)
-        return Generation(self, n, self._writing(n, settings), _alternatives(logprobs), as_text(self.pending))
+        settings = settings_of(sampling, temperature, top_k, top_p, seed, stop)
+        return Generation(self, n, self._writing(n, settings), alternatives(logprobs), as_text(self.pending))
 
     def generate_bytes(
         self,
@@ -227,8 +227,8 @@ class Session:
         logprobs: int | None = None,
     ) -> Generation[bytes]:
         """As `generate`, but the bytes of each token, UTF-8 or not: `n` pieces unless a stop ends it."""
-        settings = _settings(sampling, temperature, top_k, top_p, seed, stop)
-        return Generation(self, n, self._writing(n, settings), _alternatives(logprobs), as_bytes)
+        settings = settings_of(sampling, temperature, top_k, top_p, seed, stop)
+        return Generation(self, n, self._writing(n, settings), alternatives(logprobs), as_bytes)
 
     def sampler(self, sampling: Sampling, n: int | None = None) -> Sampler:
         """A sampler that stands where the session does, to draw at most `n` tokens.
@@ -389,31 +389,6 @@ class Session:
         behind = self._read(ids, "all")
         with torch.inference_mode():
             return _bits(torch.cat([first, behind[:-1]]), torch.from_numpy(ids.astype(np.int64)).to(self._device))
-
-
-def _settings(
-    sampling: Sampling | None,
-    temperature: float,
-    top_k: int | None,
-    top_p: float | None,
-    seed: int | None,
-    stop: Stops,
-) -> Sampling:
-    given = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, stop=_stop_texts(stop))
-    if sampling is not None and given != Sampling():
-        raise UserError("generate: give a Sampling or single settings, not both")
-    return sampling or given
-
-
-def _stop_texts(stop: Stops) -> tuple[bytes, ...]:
-    texts = (stop,) if isinstance(stop, str | bytes) else tuple(stop)
-    return tuple(text.encode() if isinstance(text, str) else text for text in texts)
-
-
-def _alternatives(count: int | None) -> int | None:
-    if count is not None and count < 0:
-        raise UserError(f"generate: logprobs must be 0 or more, got {count}")
-    return count
 
 
 def _bits(logits: Tensor, ids: Tensor) -> np.ndarray:
