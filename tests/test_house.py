@@ -8,6 +8,7 @@ import pytest
 SOURCE = Path(__file__).resolve().parents[1] / "src" / "milonga"
 FILES = sorted(SOURCE.rglob("*.py"))
 NAMES = [str(path.relative_to(SOURCE)) for path in FILES]
+LONGEST = 400  # lines of a file that holds no kernels
 FORWARDS = {"forward", "advance", "commit", "commit_"}
 
 
@@ -44,6 +45,17 @@ def test_a_forward_names_all_its_arguments(path):
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.FunctionDef) and node.name in FORWARDS:
             assert node.args.kwarg is None, f"{path}:{node.lineno}"
+
+
+def _holds_kernels(path):
+    """Kernels are read as a whole, whatever their length."""
+    return "kernels" in path.stem or path.stem.startswith("gluon_") or path.parts[-2:] == ("window_attention", "cpu.py")
+
+
+@pytest.mark.parametrize("path", FILES, ids=NAMES)
+def test_no_file_is_long_but_for_kernels(path):
+    lines = len(path.read_text().splitlines())
+    assert lines <= LONGEST or _holds_kernels(path), f"{path}: {lines} lines"
 
 
 @pytest.mark.parametrize("path", FILES, ids=NAMES)
