@@ -41,8 +41,7 @@ def window_attention(
         k: `[B, T, G, K]`, dtype of q; G divides H.
         v: `[B, T, G, V]`, dtype of q.
         window: keys a query sees, its own included (>= 1); None for all.
-        past_k: `[S, P, G, K]`, dtype of q, keys before this piece; given together with `past_v` and `position`, or not
-            at all.
+        past_k: `[S, P, G, K]`, dtype of q, keys before this piece; with `past_v` and `position`, or not at all.
         past_v: `[S, P, G, V]`, dtype of q.
         position: int64 `[S]`, how many keys each sequence had before this piece.
         segments: with a packed batch `[1, T]`, where its S sequences start; S = B without.
