@@ -209,8 +209,8 @@ class Batch:
         return events + self._written(drawn, self._broken())
 
     def leave(self, ticket: Ticket) -> Session:
-        """Take a text out, ended or not: -> a session that stands behind the last token written, or behind what is read of
-        its prompt.
+        """Take a text out, ended or not: -> a session that stands behind the last token written, or what is read of its
+        prompt.
 
         Raises:
             UserError: if it is not there: it has left already, or ended so long ago that it is not kept (see `keep`).
