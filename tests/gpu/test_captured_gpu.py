@@ -202,3 +202,23 @@ def test_a_batch_writes_what_sessions_write(name: str, device: bool) -> None:
 def test_exact_batches_do_not_diverge(name: str) -> None:
     lm = LanguageModel(network_of(name, torch.bfloat16))
     assert first_divergence(lm, texts=4, tokens=60, exact=True, temperature=0.8).diverged == 0
+
+
+def test_a_captured_runner_grows() -> None:
+    """Past three doublings, its graphs captured anew: as the plain one, whose states grow by themselves."""
+    network = network_of("growing")
+    plain, captured = NetworkRunner(network), CapturedRunner(network, 2, capacity=4)
+    tokens = torch.randint(256, (2, 40)).cuda()
+    theirs = mine = network.init_state(2)
+    with torch.inference_mode():
+        for at in range(0, 40, 8):
+            captured.ensure(at + 8)
+            piece = tokens[:, at : at + 7]
+            expected, trace = plain.verify(piece, theirs)
+            got, captured_trace = captured.verify(piece, mine)
+            assert relative_rms(got[:, :7], expected) <= SPLIT_BOUND
+            theirs, mine = plain.commit(theirs, trace, [5, 7]), captured.commit(mine, captured_trace, [5, 7])
+            logits, theirs = plain.step(piece[:, -1:], theirs)
+            behind, mine = captured.step(piece[:, -1:], mine)
+            assert relative_rms(behind, logits) <= SPLIT_BOUND
+    assert captured.capacity == 64

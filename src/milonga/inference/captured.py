@@ -352,7 +352,8 @@ class CapturedRunner:
             larger = self.network.resized(state, self.capacity)
             for (_, mine), (_, new) in zip(named_tensors(state), named_tensors(larger), strict=True):
                 if new is not mine:
-                    mine.set_(new)  # the same tensor, with other memory: whoever holds the state has the room
+                    # the same tensor, with other memory: whoever holds the state has the room
+                    mine.set_(new.untyped_storage(), new.storage_offset(), new.shape, new.stride())
         self._verify.clear()
         self._commit.clear()
         self._step.clear()
