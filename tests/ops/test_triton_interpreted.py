@@ -11,7 +11,17 @@ import pytest
 
 @pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed: pip install 'milonga[test]' on Linux")
 @pytest.mark.parametrize(
-    "op", ["selective_scan", "selective_scan_gluon", "causal_conv", "rms_norm", "swiglu", "rotary", "window_attention", "linear_cross_entropy"]
+    "op",
+    [
+        "selective_scan",
+        "selective_scan_gluon",
+        "causal_conv",
+        "rms_norm",
+        "swiglu",
+        "rotary",
+        "window_attention",
+        "linear_cross_entropy",
+    ],
 )
 def test_laws_under_the_interpreter(op: str) -> None:
     folder = Path(__file__).parent
