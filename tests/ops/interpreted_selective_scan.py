@@ -8,39 +8,14 @@ from itertools import pairwise
 import pytest
 import torch
 from torch import Tensor
-from triton.runtime import interpreter
 
 from milonga.ops.selective_scan import ERROR_BOUND, selective_scan, triton
 from milonga.segments import Segments
 from tests.ops.helpers import assert_matches, relative_rms
+from tests.ops.interpreter import prepare
 from tests.ops.test_selective_scan import OPTIONAL, ORDER, make
 
-_patch_tensor = interpreter._patch_lang_tensor
-
-
-def _patch_tensor_for_numpy(tensor, scope) -> None:
-    """Triton 3.6 makes loop bounds with int(array), which NumPy 2.4 refuses for an array of one element."""
-    _patch_tensor(tensor, scope)
-    scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
-
-
-interpreter._patch_lang_tensor = _patch_tensor_for_numpy
-
-
-def _with_boolean_mask(access, place: int):
-    """Triton 3.9 computes `a & b` of two masks in integers and then refuses the result as a mask."""
-
-    def call(builder, *arguments):
-        mask = arguments[place]
-        mask.data = mask.data.astype(bool)
-        return access(builder, *arguments)
-
-    return call
-
-
-_builder = interpreter.InterpreterBuilder
-_builder.create_masked_load = _with_boolean_mask(_builder.create_masked_load, 1)
-_builder.create_masked_store = _with_boolean_mask(_builder.create_masked_store, 2)
+prepare()
 
 
 class Interpreted(torch.autograd.Function):

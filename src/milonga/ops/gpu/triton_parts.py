@@ -1,5 +1,7 @@
 """Parts of Triton paths: views of rows, chunks of time of one sequence, a sigmoid, sums over programs."""
 
+from typing import overload
+
 import torch
 import triton
 import triton.language as tl
@@ -10,9 +12,17 @@ from milonga.ops.cpu_arrays import row_stride
 LOG2_E = tl.constexpr(1.4426950408889634)
 
 
-def rows(tensor: Tensor, width: int) -> tuple[Tensor, int]:
+@overload
+def rows(tensor: Tensor, width: int) -> tuple[Tensor, int]: ...
+
+
+@overload
+def rows(tensor: Tensor | None, width: int) -> tuple[Tensor | None, int]: ...
+
+
+def rows(tensor: Tensor | None, width: int) -> tuple[Tensor | None, int]:
     """`[..., width]` with evenly spaced rows, and the distance between them; no copy where it is so already."""
-    if tensor.is_contiguous():
+    if tensor is None or tensor.is_contiguous():
         return tensor, width
     stride = row_stride(tensor)
     return (tensor.contiguous(), width) if stride is None else (tensor, stride)

@@ -5,9 +5,9 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from milonga.ops.gpu.triton_parts import rows
 from milonga.ops.selective_scan import gluon_backward, gluon_forward, triton_sums
 from milonga.ops.selective_scan.checkpoints import CHUNK, checkpoint_shape
-from milonga.ops.selective_scan.strides import rows
 
 STATES, CHANNELS = 16, 64
 # Programs for which an H100 has room at a time, by registers: four a multiprocessor forward, three backward. Fixed, so

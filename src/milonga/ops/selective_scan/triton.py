@@ -4,9 +4,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from milonga.ops.gpu.triton_parts import rows as _rows
 from milonga.ops.selective_scan import gluon, triton_kernels, triton_steps
 from milonga.ops.selective_scan.checkpoints import CHUNK, PAD, checkpoint_shape
-from milonga.ops.selective_scan.strides import rows as _rows
 
 # Programs (warps) that keep a large GPU busy: two turns of the eight for which each multiprocessor of an H100 has
 # registers in the backward pass. Fixed, so that results do not depend on the GPU. A sequence is cut into chunks, which
