@@ -171,6 +171,9 @@ def test_nan_reaches_exactly_those_who_see_it(which: int, window: int | None) ->
     reach = slice(150, 151 if which == 0 else 150 + (window or 150))
     assert y[0, reach, 1].isnan().all()
     y[0, reach, 1] = clean[0, reach, 1]
+    # a block of queries that meets a NaN is computed once more, in another order
+    assert relative_rms(y[0, :, 1], clean[0, :, 1]) <= ERROR_BOUND
+    y[0, :, 1] = clean[0, :, 1]
     assert torch.equal(y, clean)
 
 

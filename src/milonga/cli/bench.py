@@ -17,7 +17,10 @@ app = typer.Typer(
 )
 
 Device = Annotated[
-    str | None, typer.Option(help="cpu, cuda or cuda:N. [default: cuda where there is one, else cpu]", metavar="DEVICE")
+    str | None,
+    typer.Option(
+        "--device", help="cpu, cuda or cuda:N. [default: cuda where there is one, else cpu]", metavar="DEVICE"
+    ),
 ]
 Json = Annotated[
     str | None, typer.Option("--json", help="Write the result as JSON to this file; - prints it.", metavar="FILE")
@@ -59,7 +62,8 @@ def ops(
         ),
     ] = None,
     dtype: Annotated[
-        str | None, typer.Option(help="bf16, fp16 or fp32. [default: bf16 on a GPU, fp32 on a CPU]", metavar="DTYPE")
+        str | None,
+        typer.Option("--dtype", help="bf16, fp16 or fp32. [default: bf16 on a GPU, fp32 on a CPU]", metavar="DTYPE"),
     ] = None,
     pass_: Annotated[str, typer.Option("--pass", help="forward, both (with backward), or all.")] = "all",
     peers: Peers = True,
@@ -84,7 +88,8 @@ def train(
         typer.Option(help="A shape of the bench or a named model; may be repeated.", metavar="NAME"),
     ] = None,
     recipe: Annotated[
-        str | None, typer.Option(help="Model, micro-batch, window and precision of this recipe.", metavar="RECIPE")
+        str | None,
+        typer.Option("--recipe", help="Model, micro-batch, window and precision of this recipe.", metavar="RECIPE"),
     ] = None,
     batch: Annotated[int | None, typer.Option(help="Rows of a step.", min=1, metavar="N")] = None,
     length: Annotated[int | None, typer.Option(help="Tokens of a row.", min=1, metavar="N")] = None,
@@ -130,9 +135,11 @@ Small = Annotated[
     typer.Option("--small/--paper", help="Narrow models, or the paper's 1.7B shapes. [default: small on a CPU]"),
 ]
 Lengths = Annotated[
-    str | None, typer.Option(help="Lengths, separated by commas, such as 1K,2K,64K.", metavar="LENGTHS")
+    str | None, typer.Option("--lengths", help="Lengths, separated by commas, such as 1K,2K,64K.", metavar="LENGTHS")
 ]
-Dtype = Annotated[str | None, typer.Option(help="bf16, fp16 or fp32. [default: as for ops]", metavar="DTYPE")]
+Dtype = Annotated[
+    str | None, typer.Option("--dtype", help="bf16, fp16 or fp32. [default: as for ops]", metavar="DTYPE")
+]
 
 
 @app.command(

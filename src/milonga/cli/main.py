@@ -285,7 +285,7 @@ def tokenizer_train(
 )
 def tokenizer_inspect(
     file: Annotated[str, typer.Argument(help="A tokenizer.json.", metavar="FILE")],
-    text: Annotated[str | None, typer.Option(help="Also show how this text is cut.", metavar="TEXT")] = None,
+    text: Annotated[str | None, typer.Option("--text", help="Also show how this text is cut.", metavar="TEXT")] = None,
     json_: Json = False,
 ) -> None:
     """Size, digest, lengths and some tokens of a tokenizer, and how it cuts a text."""

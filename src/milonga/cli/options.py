@@ -5,7 +5,10 @@ from typing import Annotated
 import typer
 
 Device = Annotated[
-    str | None, typer.Option(help="cpu, cuda or cuda:N. [default: cuda where there is one, else cpu]", metavar="DEVICE")
+    str | None,
+    typer.Option(
+        "--device", help="cpu, cuda or cuda:N. [default: cuda where there is one, else cpu]", metavar="DEVICE"
+    ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Run = Annotated[str, typer.Argument(help="A run's folder, a checkpoint folder or a weight file.", metavar="RUN")]
@@ -53,6 +56,7 @@ Drafter = Annotated[
 Rule = Annotated[
     str | None,
     typer.Option(
+        "--rule",
         help="With --drafter: exact (as plain sampling), greedy (as plain, the likeliest) or top_k (lossy). "
         "[default: exact]",
         metavar="RULE",

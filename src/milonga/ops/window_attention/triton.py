@@ -131,7 +131,9 @@ def _has_library(device: torch.device) -> bool:
 def _way(plan: _Plan, window: int | None) -> Literal["decode", "library", "own"]:
     """Which kernels run. They differ in rounding, and the library's backward pass promises no fixed order of sums."""
     q, v = plan.q, plan.v
-    if plan.past and not plan.packed and plan.time <= DECODED and plan.time * plan.sizes["GROUP"] <= DECODED_ROWS:
+    # wide heads in fp32 leave shared memory for half of the rows
+    rows = DECODED_ROWS // (2 if q.dtype == torch.float32 and max(plan.sizes["K"], plan.sizes["V"]) > 128 else 1)
+    if plan.past and not plan.packed and plan.time <= DECODED and plan.time * plan.sizes["GROUP"] <= rows:
         return "decode"
     half, square = q.dtype in (torch.bfloat16, torch.float16), q.shape[3] == v.shape[3]
     fits = half and square and q.shape[3] % 8 == 0 and q.shape[3] <= 128
@@ -186,12 +188,13 @@ def _decode(plan: _Plan, y: Tensor, stats: Tensor) -> None:
     programs = (plan.groups, splits, plan.sequences)
     parts = torch.empty(*programs, rows, sizes["V"], dtype=torch.float32, device=y.device)
     logs = torch.empty(*programs, rows, dtype=torch.float32, device=y.device)
-    narrow = plan.q.dtype == torch.float32 or max(sizes["K"], sizes["V"]) > 128
+    single, large = plan.q.dtype == torch.float32, max(sizes["K"], sizes["V"]) > 128
     triton_decode.decode_splits[programs](
         plan.q, plan.k, plan.v, plan.past_k, plan.past_v, plan.position, parts, logs,
         plan.window, plan.scale * LOG2_E, plan.slots, length, splits, plan.heads,
         *plan.strides(plan.q, plan.k, plan.v, plan.past_k, plan.past_v),
-        **sizes, T=plan.time, R=rows, BN=32 if narrow else 64, num_warps=4, num_stages=3,
+        **sizes, T=plan.time, R=rows, BN=32 if single or large else 64, num_warps=4,
+        num_stages=1 if single and large else 3,
     )  # fmt: skip
     triton_decode.decode_sum[(plan.heads, plan.time, plan.sequences)](
         parts, logs, y, stats, splits, plan.heads, V=sizes["V"], WV=sizes["WV"], GROUP=sizes["GROUP"],
