@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from milonga.ops.selective_scan import ERROR_BOUND, selective_scan
+from milonga.ops.selective_scan.library import selective_scan_backward_op, selective_scan_op
 from milonga.segments import Segments
 from tests.ops.helpers import relative_rms
-from tests.ops.test_selective_scan import OPTIONAL, make
+from tests.ops.test_selective_scan import OPTIONAL, ORDER, make
 
 # the reference's matrix products warn where new memory is filled with NaN
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore:.*[Dd]eterministic")]
@@ -88,13 +89,17 @@ def test_chunks_of_time_leave_nothing_out(states: int, dtype: torch.dtype) -> No
 
 @pytest.mark.usefixtures("nan_in_new_memory")
 def test_parts_of_time(monkeypatch) -> None:
-    monkeypatch.setattr("milonga.ops.selective_scan.gluon.WORKSPACE", 20_000)
+    from milonga.ops.selective_scan import gluon
+
+    monkeypatch.setattr(gluon, "WORKSPACE", 20_000)
     check(on_gpu(make(2, 500, 70, 16)))
 
 
 @pytest.mark.usefixtures("nan_in_new_memory")
 def test_finer_chunks_in_the_first_pass(monkeypatch) -> None:
-    monkeypatch.setattr("milonga.ops.selective_scan.gluon.FINE", 32)
+    from milonga.ops.selective_scan import gluon
+
+    monkeypatch.setattr(gluon, "FINE", 32)
     check(on_gpu(make(1, 700, 70, 16)))
     segments = Segments.from_lengths((0, 300, 65))
     check(on_gpu(make(1, segments.total, 70, 16, segments.count)), segments)
@@ -109,6 +114,25 @@ def test_halves_of_a_projection(dtype: torch.dtype) -> None:
     outputs, upstream, gradients = run("triton", inputs, None)
     others, _, other_gradients = run("triton", strided, upstream)
     assert all(torch.equal(a, b) for a, b in zip((*outputs, *gradients), (*others, *other_gradients), strict=True))
+
+
+@pytest.mark.usefixtures("nan_in_new_memory")
+@pytest.mark.parametrize("states", [8, 16])
+@pytest.mark.parametrize("absent", [(), ("initial", "z", "D")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_output_from_the_backward_pass(states: int, absent: tuple[str, ...], dtype: torch.dtype) -> None:
+    """Two roundings to the dtype may differ by one place."""
+    inputs = {name: v for name, v in on_gpu(make(2, 300, 75, states), dtype).items() if name not in absent}
+    *tensors, initial = (inputs.get(name) for name in ORDER)
+    y, _, kept = selective_scan_op(*tensors, initial, None, True)
+    arguments = (torch.randn_like(y), None, *tensors, initial is not None, None, kept)
+    *gradients, again = selective_scan_backward_op(*arguments, True)
+    *others, empty = selective_scan_backward_op(*arguments, False)
+    assert again.dtype == dtype
+    assert empty.shape == (0,)
+    bound = ERROR_BOUND + (0.0 if dtype == torch.float32 else torch.finfo(dtype).eps)
+    assert relative_rms(again, y.double()) <= bound
+    assert all(relative_rms(a, b.double()) <= bound for a, b in zip(gradients, others, strict=True))
 
 
 @pytest.mark.usefixtures("nan_in_new_memory")

@@ -18,6 +18,19 @@ from tests.ops.test_selective_scan import OPTIONAL, ORDER, make
 prepare()
 
 
+def gated_again(inputs: dict[str, Tensor], segments: Segments | None = None) -> tuple[Tensor, Tensor]:
+    """y of the forward and of the backward pass."""
+    *tensors, initial = (inputs.get(name) for name in ORDER)
+    offsets = None if segments is None else segments.offsets
+    y, _, kept = triton.forward(*tensors, initial, offsets, True)
+    *gradients, again = triton.backward(torch.randn_like(y), None, *tensors, initial is not None, offsets, kept, True)
+    *others, empty = triton.backward(torch.randn_like(y), None, *tensors, initial is not None, offsets, kept)
+    assert [g.shape for g in gradients] == [g.shape for g in others]
+    assert empty.shape == (0,)
+    assert again.dtype == empty.dtype == y.dtype
+    return y, again
+
+
 class Interpreted(torch.autograd.Function):
     """The two kernels as the operator ties them together on a GPU."""
 
@@ -31,7 +44,7 @@ class Interpreted(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_y, grad_final):
         *inputs, initial, offsets, kept = ctx.saved_tensors
-        gradients = triton.backward(grad_y, grad_final, *inputs, initial is not None, offsets, kept)
+        gradients = triton.backward(grad_y, grad_final, *inputs, initial is not None, offsets, kept)[:-1]
         present = [value is not None for value in (*inputs, initial)]
         return None, *(g if there else None for g, there in zip(gradients, present, strict=True))
 
@@ -93,6 +106,16 @@ def test_packed(lengths: tuple[int, ...]) -> None:
 def test_packed_in_chunks(lengths: tuple[int, ...]) -> None:
     segments = Segments.from_lengths(lengths)
     check(make(1, segments.total, 20, 4, segments.count), segments)
+
+
+@pytest.mark.usefixtures("short_chunks")
+@pytest.mark.parametrize("absent", [(), ("initial", "z")])
+@pytest.mark.parametrize("lengths", [None, (0, 35, 0, 1)])
+def test_output_from_the_backward_pass(absent: tuple[str, ...], lengths: tuple[int, ...] | None) -> None:
+    segments = None if lengths is None else Segments.from_lengths(lengths)
+    inputs = make(2, 35, 20, 3) if segments is None else make(1, segments.total, 20, 3, segments.count)
+    y, again = gated_again({name: value for name, value in inputs.items() if name not in absent}, segments)
+    assert relative_rms(again, y) <= ERROR_BOUND
 
 
 @pytest.mark.usefixtures("short_chunks")

@@ -6,9 +6,10 @@ Run by `test_triton_interpreted.py` in a process of its own: the sums over progr
 import pytest
 import torch
 
-from milonga.ops.selective_scan import gluon
+from milonga.ops.selective_scan import ERROR_BOUND, gluon
 from milonga.segments import Segments
-from tests.ops.interpreted_selective_scan import ORDER, check, scan
+from tests.ops.helpers import relative_rms
+from tests.ops.interpreted_selective_scan import ORDER, check, gated_again, reference, scan
 from tests.ops.selective_scan_gluon_emulator import Emulated
 from tests.ops.test_selective_scan import OPTIONAL, make
 
@@ -34,6 +35,31 @@ def test_matches_reference(shape: tuple[int, int, int]) -> None:
 @pytest.mark.parametrize("absent", [OPTIONAL, ("z",), ("initial", "D")])
 def test_options_may_be_absent(absent: tuple[str, ...]) -> None:
     check({name: value for name, value in make(1, 6, 6, 16).items() if name not in absent})
+
+
+@pytest.mark.parametrize("absent", [(), ("initial", "z"), ("D",)])
+def test_output_from_the_backward_pass(absent: tuple[str, ...]) -> None:
+    y, again = gated_again({name: value for name, value in make(1, 35, 20, 16).items() if name not in absent})
+    assert relative_rms(again, y) <= ERROR_BOUND
+
+
+def test_output_from_the_backward_pass_of_packed_sequences() -> None:
+    segments = Segments.from_lengths((0, 35, 0, 3))
+    y, again = gated_again(make(1, segments.total, 8, 16, segments.count), segments)
+    assert relative_rms(again, y) <= ERROR_BOUND
+
+
+def test_only_the_final_state_used() -> None:
+    """No upstream gradient of y: what it would have reached is zero, not left out."""
+    inputs = make(1, 33, 8, 16)
+    results = []
+    for kind in (torch.float32, torch.float64):
+        leaves = {name: value.to(kind).requires_grad_() for name, value in inputs.items()}
+        run = scan(ORDER) if kind == torch.float32 else reference(ORDER)
+        final = run(*leaves.values())[1].sum()
+        results.append(torch.autograd.grad(final, list(leaves.values()), allow_unused=True, materialize_grads=True))
+    for name, got, expected in zip(ORDER, *results, strict=True):
+        assert relative_rms(got, expected) <= ERROR_BOUND, name
 
 
 def test_whole_sequences(monkeypatch) -> None:

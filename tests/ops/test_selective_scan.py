@@ -245,6 +245,28 @@ def test_only_the_final_state_used() -> None:
         assert relative_rms(got, expected) <= ERROR_BOUND
 
 
+@pytest.mark.parametrize("absent", [(), ("initial", "z"), ("D",)])
+@pytest.mark.parametrize("lengths", [None, (0, 35, 0, 1)])
+def test_output_from_the_backward_pass(absent: tuple[str, ...], lengths: tuple[int, ...] | None) -> None:
+    from milonga.ops.selective_scan.library import selective_scan_backward_op, selective_scan_op
+
+    segments = None if lengths is None else Segments.from_lengths(lengths)
+    inputs = make(2, 35, 150, 3) if segments is None else make(1, segments.total, 150, 3, segments.count)
+    *tensors, initial = (None if name in absent else inputs[name] for name in ORDER)
+    offsets = None if segments is None else segments.offsets
+    y, final, kept = selective_scan_op(*tensors, initial, offsets, True)
+    arguments = (torch.randn_like(y), torch.randn_like(final), *tensors, initial is not None, offsets, kept)
+    *gradients, again = selective_scan_backward_op(*arguments, True)
+    *others, empty = selective_scan_backward_op(*arguments, False)
+    assert torch.equal(again, y)
+    assert empty.shape == (0,)
+    assert all(torch.equal(a, b) for a, b in zip(gradients, others, strict=True))
+    for gated in (True, False):
+        torch.library.opcheck(
+            selective_scan_backward_op, (*arguments, gated), test_utils=("test_schema", "test_faketensor")
+        )
+
+
 @pytest.mark.parametrize("packed", [False, True])
 def test_compiles_without_graph_break(packed: bool) -> None:
     cases = [

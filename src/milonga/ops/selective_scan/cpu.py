@@ -5,8 +5,8 @@ from torch import Tensor
 
 from milonga.ops import cpu_pool
 from milonga.ops.cpu_arrays import flat, rows
-from milonga.ops.selective_scan.checkpoints import CHUNK, checkpoint_shape
-from milonga.ops.selective_scan.cpu_kernels import scan, scan_backward
+from milonga.ops.selective_scan.checkpoints import CHUNK, checkpoint_shape, first_checkpoints
+from milonga.ops.selective_scan.cpu_kernels import LANES, scan, scan_backward
 from milonga.segments import sequence_bounds
 
 # Channels a job: wide enough to keep rows of memory together, narrow enough for this many jobs.
@@ -83,10 +83,11 @@ def backward(
     initial: bool,
     offsets: Tensor | None,
     kept: Tensor,
+    gated: bool = False,
 ) -> tuple[Tensor, ...]:
-    """Kernel of `milonga::selective_scan_backward` on the CPU: gradients of x, dt, A, B, C, D, z, dt_bias, initial.
+    """Kernel of `milonga::selective_scan_backward` on the CPU: gradients of x, dt, A, B, C, D, z, dt_bias, initial; y.
 
-    That of an absent argument is an empty tensor.
+    That of an absent argument is an empty tensor, and so is y without `gated`; else the forward pass is run again.
     """
     bounds = _bounds(x, offsets)
     width, states = A.shape
@@ -117,7 +118,30 @@ def backward(
         grad_z.to(x.dtype),
         grad_x.new_empty(0) if dt_bias is None else _total(grad_bias),
         grad_initial,
+        _forward_again(x, dt, A, B, C, D, z, dt_bias, initial, offsets, kept) if gated else x.new_empty(0),
     )
+
+
+def _forward_again(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    initial: bool,
+    offsets: Tensor | None,
+    kept: Tensor,
+) -> Tensor:
+    """y; what sequences started from is found among the checkpoints, where a vector of channels lies together."""
+    start = None
+    if initial:
+        width, states = A.shape
+        tiles = first_checkpoints(kept, x.shape[0], x.shape[1], offsets).unflatten(1, (-1, states, LANES))
+        start = tiles.transpose(2, 3).flatten(1, 2)[:, :width].contiguous()
+    return forward(x, dt, A, B, C, D, z, dt_bias, start, offsets, False)[0]
 
 
 def compile_kernels() -> None:

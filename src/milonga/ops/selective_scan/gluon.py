@@ -142,12 +142,14 @@ def backward(
     initial: bool,
     offsets: Tensor | None,
     kept: Tensor,
+    gated: bool = False,
 ) -> tuple[Tensor, ...]:
-    """Kernel of `milonga::selective_scan_backward`."""
+    """Kernel of `milonga::selective_scan_backward`; its y, like that of the forward pass, is summed in fp32."""
     plan = _Plan(x, offsets, ENOUGH_BACKWARD, PROGRAMS_BACKWARD)
     width, slots = plan.width, plan.slots
     grad_x, grad_dt = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for _ in range(2))
     grad_z = torch.empty(x.shape if z is not None else (0,), dtype=x.dtype, device=x.device)
+    y = torch.empty(x.shape if gated else (0,), dtype=x.dtype, device=x.device)
     grad_B, grad_C = (torch.empty(B.shape, dtype=B.dtype, device=B.device) for _ in range(2))
     grad_initial = A.new_empty((plan.sequences, width, STATES) if initial else (0,))
     # packed sequences share the rows of partial sums, so that short ones do not cost a chunk each
@@ -165,8 +167,8 @@ def backward(
             here = slice(index * slots, (index + 1) * slots)
             launch(
                 kept, (index * part, (index + 1) * part if count > 1 else plan.length), partial_rows, count > 1,
-                (grad_x, grad_dt, grad_z, partials, parts_A[here], parts_D[here], parts_bias[here], grad_initial),
-                initial,
+                (grad_x, grad_dt, grad_z, y, partials, parts_A[here], parts_D[here], parts_bias[here], grad_initial),
+                initial, gated,
             )  # fmt: skip
             if partial_rows > 0:
                 triton_sums.sum_blocks[(-(-partial_rows // 8),)](
@@ -178,7 +180,7 @@ def backward(
         parts_A, parts_D, parts_bias, grad_A, grad_D, grad_bias, count * slots, width,
         CH=CHANNELS, N=STATES, D_=D is not None, BIAS=dt_bias is not None, num_warps=4,
     )  # fmt: skip
-    return grad_x, grad_dt, grad_A.view(width, STATES), grad_B, grad_C, grad_D, grad_z, grad_bias, grad_initial
+    return grad_x, grad_dt, grad_A.view(width, STATES), grad_B, grad_C, grad_D, grad_z, grad_bias, grad_initial, y
 
 
 class _Launch:
@@ -242,11 +244,12 @@ class _Launch:
         parts: bool,
         outputs: tuple[Tensor, ...],
         initial: bool,
+        gated: bool,
     ) -> None:
         if parts and self.carried is self.inputs[6]:
             self.carried = kept.new_empty(self.plan.slots, self.plan.width, STATES)
         with self.device:
             gluon_backward.scan_backward[(self.plan.programs,)](
                 *self.inputs, self.carried, self.bounds, kept, *outputs, *self.sizes, *span, partial_rows, *self.steps,
-                **self.fixed, INITIAL=initial, PARTS=parts,
+                **self.fixed, INITIAL=initial, GATED=gated, PARTS=parts,
             )  # fmt: skip

@@ -195,13 +195,15 @@ def scan_back_ends(
 @gluon.jit(do_not_specialize=["T", "sequences", "length", "finer", "low", "high", "partial_rows"])
 def scan_backward(
     grad_y, x, dt, z, B, C, A, D, dt_bias, ends, sums, grad_final, carried, bounds, kept,
-    grad_x, grad_dt, grad_z, partials, grad_A, grad_D, grad_bias, grad_initial,
+    grad_x, grad_dt, grad_z, y, partials, grad_A, grad_D, grad_bias, grad_initial,
     T, E, sequences, length, finer, low, high, partial_rows,
     gy_step, x_step, dt_step, z_step, B_step, C_step, kept_step,
-    PACKED: gl.constexpr, STARTS: gl.constexpr, FINAL: gl.constexpr, INITIAL: gl.constexpr, PARTS: gl.constexpr,
-    Y: gl.constexpr, Z: gl.constexpr, D_: gl.constexpr, BIAS: gl.constexpr, EXACT: gl.constexpr,
+    PACKED: gl.constexpr, STARTS: gl.constexpr, FINAL: gl.constexpr, INITIAL: gl.constexpr, GATED: gl.constexpr,
+    PARTS: gl.constexpr, Y: gl.constexpr, Z: gl.constexpr, D_: gl.constexpr, BIAS: gl.constexpr, EXACT: gl.constexpr,
 ):  # fmt: skip
     """All gradients of the steps from `low` to `high` of each chunk. Parts are walked from the last to the first.
+
+    With GATED the output of the forward pass too.
 
     r comes from `ends` and `sums` of the later chunks, or from the part after this one (PARTS, in `carried`, where the
     one that leaves this part goes too).
@@ -279,6 +281,8 @@ def scan_backward(
         z_at = t[:, None] * z_step + e[None, :]
         raw_z = tile_rows(z, z_at, there)
         grad_z += last * E
+    if GATED:
+        y += last * E
     raw_B = tile_rows(B, B_at, (t2 < left)[:, None])
     raw_C = tile_rows(C, C_at, (t2 < left)[:, None])
     start = gl.load(kept + at, mask=live & (tiles > 0), other=0.0)
@@ -422,14 +426,18 @@ def scan_backward(
         g = gl.zeros_like(v)
         if Y:
             g = wide(old_g)
+        if GATED or Z:
+            out = gl.fma(row_weight.load(NARROW_ROWS_LAYOUT), value, rows_g.load(NARROW_ROWS_LAYOUT))
             if Z:
                 gate = wide(old_z)
                 open_ = sigmoid(gate)
                 g_open = g * open_
                 g = g_open * gate
-                out = gl.fma(row_weight.load(NARROW_ROWS_LAYOUT), value, rows_g.load(NARROW_ROWS_LAYOUT))
                 d_z = out * g_open * gl.fma(gate, 1.0 - open_, gl.full_like(gate, 1.0))
                 gl.store(grad_z + out_at, d_z.to(grad_z.dtype.element_ty), mask=there)
+                out *= gate * open_
+            if GATED:
+                gl.store(y + out_at, out.to(y.dtype.element_ty), mask=there)
         d_u = rows_u.load(NARROW_ROWS_LAYOUT)
         d_x = gl.fma(d_u, rows_d.load(NARROW_ROWS_LAYOUT), g * row_weight.load(NARROW_ROWS_LAYOUT))
         gl.store(grad_x + out_at, d_x.to(grad_x.dtype.element_ty), mask=there)
@@ -444,6 +452,8 @@ def scan_backward(
         grad_dt -= TILE * E
         if Z:
             grad_z -= TILE * E
+        if GATED:
+            y -= TILE * E
         left = TILE
     to = slot.to(gl.int64) * E
     gl.store(grad_A + to * STATES + at, d_A, mask=live)

@@ -57,22 +57,27 @@ def selective_scan_backward_op(
     initial: bool,
     offsets: Tensor | None,
     kept: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """-> gradients of x, dt, A, B, C, D, z, dt_bias and initial; empty where the argument was absent."""
+    gated: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """-> gradients of x, dt, A, B, C, D, z, dt_bias and initial, empty where the argument was absent; y again.
+
+    The last is empty unless `gated`. It is the y of the forward pass, after D and the gate, in the dtype of x, up to
+    rounding: for who did not keep it and needs it for the gradient of what comes after.
+    """
     return kernels("selective_scan", "cpu").backward(
-        grad_y, grad_final, x, dt, A, B, C, D, z, dt_bias, initial, offsets, kept
+        grad_y, grad_final, x, dt, A, B, C, D, z, dt_bias, initial, offsets, kept, gated
     )
 
 
 @selective_scan_backward_op.register_kernel("cuda")
-def _(grad_y, grad_final, x, dt, A, B, C, D, z, dt_bias, initial, offsets, kept):
+def _(grad_y, grad_final, x, dt, A, B, C, D, z, dt_bias, initial, offsets, kept, gated):
     return kernels("selective_scan", "triton").backward(
-        grad_y, grad_final, x, dt, A, B, C, D, z, dt_bias, initial, offsets, kept
+        grad_y, grad_final, x, dt, A, B, C, D, z, dt_bias, initial, offsets, kept, gated
     )
 
 
 @selective_scan_backward_op.register_fake
-def _(grad_y, grad_final, x, dt, A, B, C, D, z, dt_bias, initial, offsets, kept):
+def _(grad_y, grad_final, x, dt, A, B, C, D, z, dt_bias, initial, offsets, kept, gated):
     sequences = x.shape[0] if offsets is None else offsets.shape[0] - 1
 
     def like(tensor):
@@ -80,7 +85,8 @@ def _(grad_y, grad_final, x, dt, A, B, C, D, z, dt_bias, initial, offsets, kept)
 
     state = A.new_empty((sequences, *A.shape) if initial else (0,))
     grad_z = x.new_empty(0) if z is None else like(z)
-    return like(x), like(dt), like(A), like(B), like(C), like(D), grad_z, like(dt_bias), state
+    y = like(x) if gated else x.new_empty(0)
+    return like(x), like(dt), like(A), like(B), like(C), like(D), grad_z, like(dt_bias), state, y
 
 
 def _setup(ctx, inputs, output) -> None:
@@ -93,8 +99,8 @@ def _setup(ctx, inputs, output) -> None:
 def _backward(ctx, grad_y, grad_final, _):
     x, dt, A, B, C, D, z, dt_bias, offsets, kept = ctx.saved_tensors
     gradients = selective_scan_backward_op(
-        grad_y, grad_final, x, dt, A, B, C, D, z, dt_bias, ctx.initial, offsets, kept
-    )
+        grad_y, grad_final, x, dt, A, B, C, D, z, dt_bias, ctx.initial, offsets, kept, False
+    )[:-1]
     present = (True, True, True, True, True, D is not None, z is not None, dt_bias is not None, ctx.initial)
     return *(gradient if there else None for gradient, there in zip(gradients, present, strict=True)), None, None
 

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from milonga.ops.gpu.triton_parts import rows as _rows
 from milonga.ops.selective_scan import gluon, triton_kernels, triton_steps
-from milonga.ops.selective_scan.checkpoints import CHUNK, PAD, checkpoint_shape
+from milonga.ops.selective_scan.checkpoints import CHUNK, PAD, checkpoint_shape, first_checkpoints
 
 # Programs (warps) that keep a large GPU busy: two turns of the eight for which each multiprocessor of an H100 has
 # registers in the backward pass. Fixed, so that results do not depend on the GPU. A sequence is cut into chunks, which
@@ -199,10 +199,11 @@ def backward(
     initial: bool,
     offsets: Tensor | None,
     kept: Tensor,
+    gated: bool = False,
 ) -> tuple[Tensor, ...]:
     """Kernel of `milonga::selective_scan_backward` on a GPU: as on the CPU."""
     if gluon.suits(x, A):
-        return gluon.backward(grad_y, grad_final, x, dt, A, B, C, D, z, dt_bias, initial, offsets, kept)
+        return gluon.backward(grad_y, grad_final, x, dt, A, B, C, D, z, dt_bias, initial, offsets, kept, gated)
     plan = _Plan(x, A, offsets)
     padded, width = plan.padded, plan.width
     grad_x, grad_dt = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for _ in range(2))
@@ -217,6 +218,12 @@ def backward(
             D, z, dt_bias, initial, offsets, kept,
             (grad_x, grad_dt, grad_z, grad_BC, grad_A, grad_D, grad_bias, grad_initial),
         )  # fmt: skip
+    y = x.new_empty(0)
+    if gated:
+        # checkpoints are `[N E]`
+        tiles = first_checkpoints(kept, plan.batch, plan.time, offsets)[:, : plan.states * width] if initial else None
+        start = None if tiles is None else tiles.unflatten(1, (plan.states, width)).transpose(1, 2)
+        y = forward(x, dt, A, B, C, D, z, dt_bias, start, offsets, False)[0]
     # fixed order: PyTorch's sum over the first dimension of a contiguous tensor uses no atomics
     total = grad_BC.sum(0)
     return (
@@ -229,6 +236,7 @@ def backward(
         grad_z,
         grad_bias if dt_bias is None else grad_bias.sum(0),
         _turned_back(grad_initial, plan.states) if initial else grad_initial,
+        y,
     )
 
 
