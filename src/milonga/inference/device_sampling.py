@@ -46,14 +46,24 @@ def draw_on_device(
     """
     if mode == "greedy":
         return logits.argmax(-1)
+    drawn = pick_on_device(weights_on_device(logits, temperature, top_k, top_p, mode), uniform)
+    return torch.where(temperature == 0, logits.argmax(-1), drawn)
+
+
+def weights_on_device(
+    logits: Float[Tensor, "B V"],
+    temperature: Float64[Tensor, " B"],
+    top_k: Int[Tensor, " B"],
+    top_p: Float64[Tensor, " B"],
+    mode: Mode,
+) -> Float64[Tensor, "B V"]:
+    """What `draw_on_device` draws from, not normalised: the likeliest id has 1. Arguments as there, not `greedy`; where
+    the temperature is 0 it is taken to be 1."""
     scores = logits.double()
     scores = scores - scores.amax(-1, keepdim=True)
-    greedy = temperature == 0
-    scores = scores / torch.where(greedy, 1.0, temperature)[:, None]
+    scores = scores / torch.where(temperature == 0, 1.0, temperature)[:, None]
     if mode == "plain":
-        weights = scores.exp()
-        drawn = _pick(weights, uniform)
-        return torch.where(greedy, logits.argmax(-1), drawn)
+        return scores.exp()
     ordered, ids = scores.sort(dim=-1, descending=True, stable=True)
     weights = ordered.exp()
     ranks = torch.arange(weights.shape[1], device=logits.device)
@@ -63,11 +73,10 @@ def draw_on_device(
     kept = (before < (top_p * cumulative[:, -1])[:, None]) | (top_p >= 1)[:, None]
     weights = torch.where(kept, weights, 0.0)
     # back in the order of ids, in which the host sums
-    weights = torch.zeros_like(weights).scatter(1, ids, weights)
-    return torch.where(greedy, ids[:, 0], _pick(weights, uniform))
+    return torch.zeros_like(weights).scatter(1, ids, weights)
 
 
-def _pick(weights: Float64[Tensor, "B V"], uniform: Float64[Tensor, " B"]) -> Int[Tensor, " B"]:
+def pick_on_device(weights: Float64[Tensor, "B V"], uniform: Float64[Tensor, " B"]) -> Int[Tensor, " B"]:
     """The id at which the cumulative sum passes a share `uniform` of its total; never one of weight 0."""
     cumulative = weights.cumsum(-1)
     total = cumulative[:, -1:]

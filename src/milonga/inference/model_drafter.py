@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float, Float64, Int
+from jaxtyping import Bool, Float, Float64, Int
 from torch import Tensor
 
 from milonga.data.byte_trie import ByteSortedVocabulary
@@ -254,26 +254,12 @@ class ModelStream:
         """A token for each row, among longer..hi of its places; -1 where they have no mass. The running sums that were
         drawn from, float64 `[B V + 1]`, are appended to `sums`."""
         bounds = torch.tensor([[longer, hi] for _, longer, hi in places], device=self._device)
-        ordered = logits.index_select(1, self._drafter.order)
-        if temperature == 0:
-            rank = torch.arange(ordered.shape[1], device=self._device)
-            outside = (rank < bounds[:, :1]) | (rank >= bounds[:, 1:])
-            ranks = ordered.masked_fill(outside, -torch.inf).argmax(1)
-            empty = bounds[:, 0] >= bounds[:, 1]
-        else:
-            total = torch.zeros(ordered.shape[0], ordered.shape[1] + 1, dtype=torch.float64, device=self._device)
-            total[:, 1:] = torch.softmax(ordered.double() / temperature, 1).cumsum(1)
+        uniform = torch.tensor(throws, dtype=torch.float64, device=self._device)
+        scale = torch.full_like(uniform, temperature) if temperature else None
+        ranks, empty, total = draw_ranks(logits.index_select(1, self._drafter.order), bounds, scale, uniform)
+        if total is not None:
             sums.append(total)
-            edges = total.gather(1, bounds)
-            uniform = torch.tensor(throws, dtype=torch.float64, device=self._device)
-            targets = edges[:, 0] + uniform * (edges[:, 1] - edges[:, 0])
-            steps = total[:, 1:].contiguous()
-            ranks = torch.searchsorted(steps, targets[:, None], right=True)[:, 0]
-            # where the target was rounded up to the end: the last place with a mass
-            ranks = torch.minimum(ranks, torch.searchsorted(steps, edges[:, 1:].contiguous())[:, 0])
-            empty = ~(edges[:, 1] > edges[:, 0])
-        tokens = self._drafter.order[ranks.clamp(0, ordered.shape[1] - 1)].masked_fill(empty, -1)
-        return tokens.tolist()
+        return self._drafter.order[ranks].masked_fill(empty, -1).tolist()
 
     def _weigh(self, drafts: list[ModelDraft], sums: list[Tensor]) -> None:
         """q of every drafted byte, with one transfer from the device."""
@@ -290,6 +276,39 @@ class ModelStream:
         q, start = (child_hi - child_lo) / (hi - longer), 0
         for draft in drafts:
             draft.q, start = q[start : start + len(draft.text)], start + len(draft.text)
+
+
+def draw_ranks(
+    ordered: Float[Tensor, "B V"],
+    bounds: Int[Tensor, "B 2"],
+    temperature: Float64[Tensor, " B"] | None,
+    uniform: Float64[Tensor, " B"],
+) -> tuple[Int[Tensor, " B"], Bool[Tensor, " B"], Float64[Tensor, "B V+1"] | None]:
+    """A place of the sorted vocabulary for each row, between two bounds; nothing is read back.
+
+    Args:
+        ordered: logits in the order of the sorted vocabulary.
+        bounds: `[lo, hi)` of what may be drawn.
+        temperature: of each row; None takes the likeliest.
+        uniform: from 0 to below 1.
+
+    Returns:
+        The places; where there was no mass to draw from; and the running sums that were drawn from, from 0.
+    """
+    size = ordered.shape[1]
+    if temperature is None:
+        rank = torch.arange(size, device=ordered.device)
+        outside = (rank < bounds[:, :1]) | (rank >= bounds[:, 1:])
+        return ordered.masked_fill(outside, -torch.inf).argmax(1), bounds[:, 0] >= bounds[:, 1], None
+    weights = torch.softmax(ordered.double() / temperature[:, None], 1)
+    total = torch.nn.functional.pad(weights.cumsum(1), (1, 0))
+    edges = total.gather(1, bounds)
+    targets = edges[:, :1] + uniform[:, None] * (edges[:, 1:] - edges[:, :1])
+    steps = total[:, 1:].contiguous()
+    ranks = torch.searchsorted(steps, targets, right=True)
+    # where the target was rounded up to the end: the last place with a mass
+    ranks = torch.minimum(ranks, torch.searchsorted(steps, edges[:, 1:].contiguous()))
+    return ranks[:, 0].clamp(0, size - 1), ~(edges[:, 1] > edges[:, 0]), total
 
 
 def _settled(text: bytes) -> bytes:

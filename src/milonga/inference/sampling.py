@@ -198,12 +198,22 @@ class Uniforms:
     def __call__(self, position: int, lane: int = 0) -> float:
         """The number of one position, >= 0, in one lane, >= 0."""
         block, index = divmod(position, _BLOCK)
+        return float(self._block(block, lane)[index])
+
+    def span(self, first: int, count: int, lane: int = 0) -> np.ndarray:
+        """float64 `[count]`: the numbers of positions `first`, `first + 1`, ... in one lane."""
+        blocks = range(first // _BLOCK, (first + count - 1) // _BLOCK + 1)
+        made = [self._block(block, lane) for block in blocks]
+        start = first % _BLOCK
+        return (made[0] if len(made) == 1 else np.concatenate(made))[start : start + count]
+
+    def _block(self, block: int, lane: int) -> np.ndarray:
         made = self._blocks.get(lane)
         if made is None or made[0] != block:
             counter = np.array([0, block, lane, 0], np.uint64)
             raw = np.random.Philox(key=self._key, counter=counter).random_raw(_BLOCK)
             made = self._blocks[lane] = block, (raw >> np.uint64(11)) * 2.0**-53
-        return float(made[1][index])
+        return made[1]
 
 
 class Sampler:

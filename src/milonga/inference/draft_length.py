@@ -1,0 +1,112 @@
+"""How much to draft for a round: always the same, or what gives the most bytes for the time.
+
+A draft of m tokens, of c bytes each, of which each byte stands with the chance a if those before it do, gives
+
+    E(m) = 1 + a + ... + a^(m c) = (1 - a^(m c + 1)) / (1 - a)
+
+bytes for a verification, and a round takes `round + m token` plain steps. So m is best where E(m) over that price is
+largest. The prices are given once, so that how long a draft is follows from the text and the seed alone; a and c are
+what this text's rounds have shown so far, the latest counting most.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from milonga.errors import UserError
+
+_MEMORY = 0.98  # of each round, what counts of all before it
+_ACCEPTANCE, _EXAMINED = 0.8, 20.0  # what is believed before the first round, and how many bytes that weighs
+_TOKENS = 8.0  # how many tokens the first belief about their length weighs
+_SLACK = 1.25  # bytes that are looked at, in those that are expected: long tokens are not cut
+_MULTIPLE = 8  # a verification reads a multiple of so many bytes
+
+LONGEST = 31  # bytes of an adaptive draft
+
+
+class Plan(NamedTuple):
+    """What is drafted for one row."""
+
+    tokens: int  # the drafter's steps, at most (only where it is told beforehand, see `DeviceDrafter`)
+    bytes: int  # at most
+
+
+@dataclass(frozen=True)
+class AdaptiveDraft:
+    """Drafts that grow where bytes stand and shrink where they fall, by the formula above.
+
+    Args:
+        round: what a round takes beside the drafter's steps (reading the last tokens again, verification, commit, the
+            host), in plain steps of the verifier.
+        token: what each step of the drafter takes, in the same unit.
+        longest: tokens at most, 1 or more.
+
+    Raises:
+        UserError: if a price is not above 0, or `longest` is below 1.
+    """
+
+    round: float = 2.0
+    token: float = 0.2
+    longest: int = 8
+
+    def __post_init__(self) -> None:
+        if not (self.round > 0 and self.token > 0 and self.longest >= 1):
+            raise UserError(
+                "adaptive draft: prices must be above 0 and longest at least 1, got "
+                f"{self.round}, {self.token}, {self.longest}"
+            )
+
+    def tokens(self, acceptance: float, token_bytes: float) -> int:
+        """The best number of tokens, where each byte stands with this chance and tokens have so many bytes."""
+        rates = [
+            expected_bytes(acceptance, count * token_bytes) / (self.round + count * self.token)
+            for count in range(1, self.longest + 1)
+        ]
+        return rates.index(max(rates)) + 1
+
+
+DraftLength = int | AdaptiveDraft
+"""Bytes for every round, or a rule."""
+
+
+def expected_bytes(acceptance: float, draft: float) -> float:
+    """Bytes of a verification of `draft` bytes, each of which stands with the same chance if those before it do."""
+    return draft + 1 if acceptance >= 1 else (1 - acceptance ** (draft + 1)) / (1 - acceptance)
+
+
+class Pace:
+    """What one text's rounds have shown, and the plan for its next.
+
+    Args:
+        token_bytes: what a token of the drafter is believed to have before the first is drafted.
+    """
+
+    def __init__(self, token_bytes: float = 1.0):
+        self._examined, self._accepted = _EXAMINED, _EXAMINED * _ACCEPTANCE
+        self._tokens, self._bytes = _TOKENS, _TOKENS * token_bytes
+
+    @property
+    def acceptance(self) -> float:
+        """Share of the bytes looked at that stood."""
+        return self._accepted / self._examined
+
+    @property
+    def token_bytes(self) -> float:
+        """Bytes of a drafted token."""
+        return self._bytes / self._tokens
+
+    def plan(self, length: DraftLength) -> Plan:
+        """For the next round."""
+        if isinstance(length, AdaptiveDraft):
+            tokens = length.tokens(self.acceptance, self.token_bytes)
+            wanted = 1 + tokens * self.token_bytes * (_SLACK if self.token_bytes > 1 else 1.0)
+            pieces = max(1, min(-(-round(wanted) // _MULTIPLE), (LONGEST + 1) // _MULTIPLE))
+            return Plan(tokens, _MULTIPLE * pieces - 1)
+        return Plan(max(1, min(length, round(length / self.token_bytes))), length)
+
+    def saw(self, examined: int, accepted: int, drafted: int, tokens: int) -> None:
+        """What came of a round: bytes looked at, of these stood; bytes drafted, of how many tokens."""
+        self._examined = _MEMORY * self._examined + examined
+        self._accepted = _MEMORY * self._accepted + accepted
+        if tokens:
+            self._tokens = _MEMORY * self._tokens + tokens
+            self._bytes = _MEMORY * self._bytes + drafted
