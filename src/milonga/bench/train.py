@@ -3,89 +3,33 @@
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Literal
+from typing import NamedTuple
 
 import torch
 from torch import nn
 
 from milonga.bench.ceilings import Ceilings
-from milonga.bench.demands import CHIP, TRAIN, judged
-from milonga.bench.figures import Figure, number
 from milonga.bench.models import TrainingShape, product_flops
 from milonga.bench.peers import one_line, peer_models
-from milonga.bench.result import Bar, Bars, BenchResult, Progress, Table, silent
+from milonga.bench.result import BenchResult, Progress, silent
 from milonga.bench.study import forget
 from milonga.bench.timing import synchronize
+from milonga.bench.train_rows import OURS, Precision, TrainRow, figures_of, plots, table
 from milonga.data.windows import Batch
 from milonga.errors import UserError
 from milonga.models.accounting import flops_per_token, parameter_count
-from milonga.training import OptimizerConfig, TrainingConfig, apply_training, build_optimizer, training_step
+from milonga.training import (
+    CapturedGradient,
+    OptimizerConfig,
+    TrainingConfig,
+    apply_training,
+    build_optimizer,
+    training_step,
+)
 
-Precision = Literal["fp32", "bf16"]
 _DTYPE = {"fp32": torch.float32, "bf16": torch.bfloat16}
 # Positions at which the arithmetic of a token is looked up and averaged.
 _SAMPLES = 257
-_GIB = 2**30
-OURS = "milonga"
-
-
-@dataclass(frozen=True)
-class TrainRow:
-    """One model's training step."""
-
-    shape: TrainingShape
-    who: str  # `milonga`, or a peer's package
-    precision: Precision
-    compiled: bool
-    parameters: int
-    seconds: float  # of a step, the median of the blocks
-    spread: float  # half the distance between the slowest and the fastest block, over the median
-    steps: int
-    first: float  # seconds of the first step, compiling included
-    peak_bytes: int | None
-    flops_6nd: float  # of a step
-    flops_counted: float
-    floor: float  # seconds of the matrix products alone
-    product_rate: float
-    loss: float  # nats of a token in the last step: a number, if all is well
-
-    @property
-    def tokens(self) -> int:
-        """Of a step."""
-        return self.shape.batch * self.shape.length
-
-    @property
-    def rate(self) -> float:
-        """Tokens a second."""
-        return self.tokens / self.seconds
-
-    def to_json(self) -> dict[str, object]:
-        """Times in milliseconds, memory in bytes."""
-        return {
-            "model": self.shape.name,
-            "who": self.who,
-            "parameters": self.parameters,
-            "vocab_size": self.shape.config.vocab_size,
-            "batch": self.shape.batch,
-            "length": self.shape.length,
-            "precision": self.precision,
-            "compiled": self.compiled,
-            "recompute": list(self.shape.recompute) if self.who == OURS else None,
-            "residual": self.shape.residual if self.who == OURS else None,
-            "deterministic": self.shape.deterministic if self.who == OURS else None,
-            "tokens_per_second": self.rate,
-            "step_ms": self.seconds * 1e3,
-            "spread": self.spread,
-            "steps": self.steps,
-            "first_step_seconds": self.first,
-            "peak_bytes": self.peak_bytes,
-            "floor_ms": self.floor * 1e3,
-            "fraction": self.floor / self.seconds,
-            "utilisation_6nd": self.flops_6nd / self.seconds / self.product_rate,
-            "utilisation_counted": self.flops_counted / self.seconds / self.product_rate,
-            "loss": self.loss,
-        }
 
 
 def random_batch(shape: TrainingShape, device: torch.device) -> Batch:
@@ -106,10 +50,18 @@ def random_batch(shape: TrainingShape, device: torch.device) -> Batch:
     )
 
 
+class Made(NamedTuple):
+    """A model that is ready to be trained."""
+
+    step: Callable[[], float]  # gives its loss in nats a token
+    parameters: int
+    captured: CapturedGradient | None = None  # what replays its passes, if it is asked to
+
+
 def step_of(
-    shape: TrainingShape, device: torch.device, precision: Precision, compile_: bool
-) -> tuple[Callable[[], float], int]:
-    """The library's own training step of a new model: -> (one step, which gives its loss in nats; parameters)."""
+    shape: TrainingShape, device: torch.device, precision: Precision, compile_: bool, capture: bool = True
+) -> Made:
+    """The library's own training step of a new model. The batch is on the CPU, as those of a run are."""
     network = shape.config.build(device=device)
     settings = TrainingConfig(
         steps=1,
@@ -121,18 +73,19 @@ def step_of(
     apply_training(network, settings)
     optimizer = build_optimizer(network, OptimizerConfig(lr=1e-4))
     forward = torch.compile(network) if compile_ else network
-    batch = random_batch(shape, device)
+    batch = random_batch(shape, torch.device("cpu"))
+    captured = CapturedGradient(capture)
 
     def step() -> float:
-        result = training_step(forward, optimizer, batch, device=device, lr=1e-4, precision=precision)
+        result = training_step(
+            forward, optimizer, batch, device=device, lr=1e-4, precision=precision, gradient_of=captured
+        )
         return result.nats / result.tokens
 
-    return step, sum(parameter.numel() for parameter in network.parameters())
+    return Made(step, sum(parameter.numel() for parameter in network.parameters()), captured)
 
 
-def peer_step(
-    model: nn.Module, shape: TrainingShape, device: torch.device, precision: Precision
-) -> tuple[Callable[[], float], int]:
+def peer_step(model: nn.Module, shape: TrainingShape, device: torch.device, precision: Precision) -> Made:
     """A peer's model with PyTorch's fused AdamW, clipping and, for bf16, autocast, as one trains it."""
     model.to(device).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
@@ -147,7 +100,7 @@ def peer_step(
         optimizer.step()
         return float(loss.detach())
 
-    return step, sum(parameter.numel() for parameter in model.parameters())
+    return Made(step, sum(parameter.numel() for parameter in model.parameters()))
 
 
 def counted_flops(shape: TrainingShape) -> float:
@@ -181,7 +134,7 @@ def _blocks(
 def _row(
     shape: TrainingShape,
     who: str,
-    make: Callable[[], tuple[Callable[[], float], int]],
+    make: Callable[[], Made],
     precision: Precision,
     compiled: bool,
     budget: float,
@@ -194,12 +147,13 @@ def _row(
         torch.cuda.reset_peak_memory_stats(device)
     say(f"{shape.name}, {who}: the first step, kernels are compiled where they are new")
     began = time.perf_counter()
-    step, parameters = make()
+    step, parameters, captured = make()
     built = time.perf_counter()
     step()
     synchronize(device)
     first = time.perf_counter() - built
-    step()
+    for _ in range(2):  # the third captures
+        step()
     say(f"{shape.name}, {who}: {parameters / 1e6:.0f}M parameters, timing (set up in {built - began:.0f} s)")
     times, steps, loss = _blocks(step, device, budget, least=3)
     middle = statistics.median(times)
@@ -210,12 +164,14 @@ def _row(
         who=who,
         precision=precision,
         compiled=compiled,
+        captured=captured is not None and captured.captured,
         parameters=parameters,
         seconds=middle,
         spread=(max(times) - min(times)) / 2 / middle,
         steps=steps,
         first=first,
         peak_bytes=torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
+        reserved_bytes=torch.cuda.max_memory_reserved(device) if device.type == "cuda" else None,
         flops_6nd=6.0 * parameter_count(shape.config) * tokens,
         flops_counted=counted_flops(shape),
         floor=3 * product_flops(shape.config, shape.length) * tokens / rate,
@@ -236,7 +192,7 @@ def _peer_rows(
             notes.append(f"{package} is installed but could not be used: {model}")
             continue
 
-        def make(model: nn.Module = model) -> tuple[Callable[[], float], int]:
+        def make(model: nn.Module = model) -> Made:
             return peer_step(model, shape, device, precision)
 
         try:
@@ -254,6 +210,7 @@ def bench_train(
     precision: Precision,
     *,
     compile_: bool,
+    capture: bool = True,
     budget: float = 6.0,
     peers: bool = True,
     progress: Progress = silent,
@@ -273,8 +230,8 @@ def bench_train(
         def say(text: str, index: int = index) -> None:
             progress(index, len(shapes), text)
 
-        def ours(shape: TrainingShape = shape) -> tuple[Callable[[], float], int]:
-            return step_of(shape, device, precision, compile_)
+        def ours(shape: TrainingShape = shape) -> Made:
+            return step_of(shape, device, precision, compile_, capture)
 
         try:
             rows.append(_row(shape, OURS, ours, precision, compile_, budget, ceilings, say))
@@ -294,90 +251,25 @@ def bench_train(
         "models": [shape.name for shape in shapes],
         "precision": precision,
         "compile": compile_,
+        "capture": capture,
         "device": str(device),
     }
     notes.append(
         "utilisation: FLOPs of a step (6 x parameters x tokens; or as counted from the config) over the time of a step "
         f"and the measured rate of {precision} matrix products; floor: the matrix products of both passes alone"
     )
+    if device.type == "cuda":
+        notes.append(
+            "passes: captured (replayed as a CUDA graph), launched (each kernel from Python) or compiled; memory: the "
+            "most that tensors took at once, those inside a graph included; reserved: what PyTorch held for them"
+        )
     return BenchResult(
         "train",
         settings,
         [row.to_json() for row in rows],
         figures_of(rows, gpu),
-        [_table(rows, f"Training in {precision} on {gpu or 'the CPU'}")],
-        _plots(rows),
+        [table(rows, f"Training in {precision} on {gpu or 'the CPU'}")],
+        plots(rows),
         ceilings.to_json(),
         notes,
     )
-
-
-def figures_of(rows: Sequence[TrainRow], gpu: str | None) -> list[Figure]:
-    """Rates and memory with what is asked of them on one H100 at the shapes of record."""
-    made = []
-    for row in rows:
-        if row.who != OURS:
-            continue
-        asked = TRAIN.get((row.shape.name, row.shape.batch, row.shape.length))
-        if gpu is None or CHIP not in gpu or row.precision != "bf16":
-            asked = None
-        unit = "bytes/s" if row.shape.config.vocab_size == 256 else "tokens/s"
-        what = f"train {row.shape.name}, B{row.shape.batch} T{row.shape.length}"
-        made.append(judged(what, row.rate, unit, asked.rate if asked else None))
-        if row.peak_bytes is not None:
-            memory = asked.memory if asked else None
-            made.append(judged(f"{what}: peak memory", row.peak_bytes / _GIB, "GiB", memory, at_least=False))
-        beside = [other for other in rows if other.shape == row.shape and other.who != OURS]
-        if beside:
-            best = max(beside, key=lambda other: other.rate)
-            made.append(Figure(f"{what}, against {best.who}", row.rate / best.rate, None, "x"))
-    return made
-
-
-def _table(rows: Sequence[TrainRow], title: str) -> Table:
-    headings = (
-        "model",
-        "who",
-        "batch",
-        "rate",
-        "step, ms",
-        "spread",
-        "floor, ms",
-        "reached",
-        "6ND",
-        "counted",
-        "memory",
-    )
-    shown = []
-    for row in rows:
-        facts = row.to_json()
-        unit = "bytes/s" if row.shape.config.vocab_size == 256 else "tokens/s"
-        shown.append(
-            (
-                f"{row.shape.name} ({row.parameters / 1e6:,.3g}M)",
-                row.who,
-                f"{row.shape.batch} x {row.shape.length}",
-                f"{row.rate:,.0f} {unit}",
-                number(row.seconds * 1e3),
-                f"{row.spread:.1%}",
-                number(row.floor * 1e3),
-                f"{row.floor / row.seconds:.0%}",
-                f"{facts['utilisation_6nd']:.0%}",
-                f"{facts['utilisation_counted']:.0%}",
-                "-" if row.peak_bytes is None else f"{row.peak_bytes / _GIB:.1f} GiB",
-            )
-        )
-    own = [index for index, row in enumerate(rows) if row.who == OURS]
-    return Table(title, headings, shown, right=(3, 4, 5, 6, 7, 8, 9, 10), own=own)
-
-
-def _plots(rows: Sequence[TrainRow]) -> list[Bars]:
-    groups: dict[str, list[Bar]] = {}
-    for row in rows:
-        bars = groups.setdefault(f"{row.shape.name}, {row.shape.batch} x {row.shape.length}", [])
-        if not bars:
-            bars.append(Bar("matrix products alone", row.floor * 1e3, "second"))
-        kind = "model" if row.who == OURS else "other"
-        bars.append(Bar(f"{row.who}: {row.rate:,.0f} a second", row.seconds * 1e3, kind))
-    title = "A training step beside its matrix products"
-    return [Bars(title, "milliseconds", list(groups.items()))] if groups else []

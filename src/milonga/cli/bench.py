@@ -97,6 +97,9 @@ def train(
         str | None, typer.Option(help="bf16 or fp32. [default: bf16 on a GPU, fp32 on a CPU]", metavar="NAME")
     ] = None,
     compile_: Annotated[bool, typer.Option("--compile/--no-compile", help="Run through torch.compile.")] = False,
+    capture: Annotated[
+        bool, typer.Option("--capture/--no-capture", help="On a GPU replay both passes as a CUDA graph.")
+    ] = True,
     recompute: Annotated[
         str | None,
         typer.Option(
@@ -119,11 +122,12 @@ def train(
     plot: Plot = None,
 ) -> None:
     """Tokens a second, memory and utilisation of the library's training step, beside its matrix products alone."""
-    from milonga.cli.bench_run import Outputs, TrainChanges, run_bench_train
+    from milonga.cli.bench_run import Engine, Outputs, TrainChanges, run_bench_train
 
     outputs = Outputs(json_, out, plot)
     changes = TrainChanges(batch, length, recompute, residual, deterministic)
-    _finish(run_bench_train(preset or [], recipe, changes, precision, compile_, seconds, peers, device, outputs))
+    engine = Engine(compile_, capture)
+    _finish(run_bench_train(preset or [], recipe, changes, precision, engine, seconds, peers, device, outputs))
 
 
 Models = Annotated[

@@ -141,12 +141,19 @@ class TrainChanges(NamedTuple):
         return shape if self.deterministic else replace(shape, deterministic=False)
 
 
+class Engine(NamedTuple):
+    """What runs both passes of a step."""
+
+    compile: bool  # torch.compile
+    capture: bool  # a CUDA graph
+
+
 def run_bench_train(
     presets: list[str],
     recipe: str | None,
     changes: TrainChanges,
     precision: str | None,
-    compile_: bool,
+    engine: Engine,
     seconds: float,
     peers: bool,
     device: str | None,
@@ -169,6 +176,7 @@ def run_bench_train(
         settings = (training.recompute, training.residual, training.deterministic)
         shapes = [TrainingShape(config.name, config.model, rows, training.window, *settings)]
         precision = precision or training.precision
+        engine = engine._replace(capture=engine.capture and training.capture)
     else:
         shapes = [training_shape(name) for name in presets or (ON_GPU if on_gpu else ON_CPU)]
     shapes = [changes.apply(shape) for shape in shapes]
@@ -180,7 +188,8 @@ def run_bench_train(
             shapes,
             place,
             "bf16" if chosen == "bf16" else "fp32",
-            compile_=compile_,
+            compile_=engine.compile,
+            capture=engine.capture,
             budget=seconds,
             peers=peers,
             progress=progress,

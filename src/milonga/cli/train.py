@@ -59,6 +59,8 @@ def _figures(report: Progress) -> str:
         parts.append(report.phase)
     if report.phase == "compiling":
         parts.append("first step: compiling kernels that are new here")
+    if report.phase == "capturing":
+        parts.append("capturing a step to replay it")
     return ", ".join(parts)
 
 

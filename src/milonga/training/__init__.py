@@ -1,5 +1,6 @@
 """Training on one device: configs, optimizer, schedule, the loop, checkpoints, metrics."""
 
+from milonga.training.captured import CapturedGradient
 from milonga.training.checkpoint import list_checkpoints
 from milonga.training.config import EvaluationSettings, RunConfig, TrainingConfig, recipe_names
 from milonga.training.loop import train
@@ -12,6 +13,7 @@ from milonga.training.start import apply_training, stored_config
 from milonga.training.step import StepResult, training_step
 
 __all__ = [
+    "CapturedGradient",
     "EvaluationSettings",
     "Interrupted",
     "Optimizer",

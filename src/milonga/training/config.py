@@ -52,6 +52,9 @@ class TrainingConfig(BaseModel):
         deterministic: the same bits on every run. False lets full attention on a GPU take a library's backward pass,
             which is faster and sums in another order each time.
         compile: run the network through `torch.compile`.
+        capture: on a GPU replay the forward and backward passes of a step as one CUDA graph, from the third step on,
+            instead of launching each kernel from Python. It changes no number. Packed batches, steps with a carried
+            state and compiled networks are launched as without it; on a CPU there is nothing to capture.
         tensorboard: also write TensorBoard event files (extra `tensorboard`).
     """
 
@@ -75,6 +78,7 @@ class TrainingConfig(BaseModel):
     residual: Literal["fp32", "bf16"] = "fp32"
     deterministic: bool = True
     compile: bool = False
+    capture: bool = True
     tensorboard: bool = False
 
     @model_validator(mode="after")
@@ -260,6 +264,7 @@ FREE_ON_RESUME = (
     "training.device",
     "training.keep",
     "training.recompute",
+    "training.capture",
     "training.tensorboard",
 )
 

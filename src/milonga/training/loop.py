@@ -12,6 +12,7 @@ from milonga.errors import UserError
 from milonga.files import FolderLock
 from milonga.inference.language_model import choose_device
 from milonga.state import to_flat
+from milonga.training.captured import CapturedGradient
 from milonga.training.checkpoint import save_checkpoint
 from milonga.training.config import RunConfig
 from milonga.training.metrics import MetricsLog
@@ -76,6 +77,7 @@ class _Loop:
         self.training = run.config.training
         self.position, self.state, self.checkpoint = run.position, run.state, run.checkpoint
         self.forward: Forward = torch.compile(run.network) if self.training.compile else run.network
+        self.gradient = CapturedGradient(self.training.capture, capturing=lambda: self._report("capturing"))
         self.saved_step = run.position.step if run.checkpoint is not None else None
         self.lr, self.grad_norm = 0.0, 0.0  # of the last step
         self.train_bits: float | None = None  # of the last line of metrics, for the display and the result
@@ -118,6 +120,7 @@ class _Loop:
                 clip=training.optimizer.clip,
                 precision=training.precision,
                 accumulation=training.accumulation,
+                gradient_of=self.gradient,
             )
         if not (math.isfinite(result.nats) and math.isfinite(result.grad_norm)):
             raise UserError(self._diverged(step, result))
@@ -179,11 +182,11 @@ class _Loop:
         self.position = position.model_copy(update={"pending_nats": 0.0, "pending_bytes": 0})
 
     def _evaluate(self) -> None:
-        if self.run.heldout is None:
+        heldout, bf16 = self.run.heldout, self.training.precision == "bf16"
+        if heldout is None:
             return
         self._report("evaluating")
-        bf16 = self.training.precision == "bf16"
-        bits = self.run.heldout.bits_per_byte(self.forward, device=self.run.device, bf16=bf16)
+        bits = self.gradient.beside(lambda: heldout.bits_per_byte(self.forward, device=self.run.device, bf16=bf16))
         self.position = self.position.model_copy(update={"evaluation": bits})
         line = {"step": self.position.step, "heldout_bits_per_byte": bits, "bytes": self.position.bytes}
         self.metrics.write(line | self._clock())

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-Phase = Literal["reading", "timing", "compiling", "training", "evaluating", "saving"]
+Phase = Literal["reading", "timing", "compiling", "capturing", "training", "evaluating", "saving"]
 
 
 @dataclass(frozen=True)
@@ -14,7 +14,8 @@ class Progress:
 
     Attributes:
         phase: `reading` the text, `timing` steps to decide their number, `compiling` (the first step on a GPU, or with
-            `compile`), `training`, `evaluating`, `saving`.
+            `compile`), `capturing` (a step as a CUDA graph, see `TrainingConfig.capture`), `training`, `evaluating`,
+            `saving`.
         done: steps done; while reading, bytes of source files.
         total: of all; None where it is not known yet.
         bits_per_byte: of the training text lately.

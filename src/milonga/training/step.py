@@ -1,13 +1,13 @@
 """One step: losses of a batch, gradients, clipping, update. Micro-batches give the gradient of the whole batch."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from typing import Literal, NamedTuple
 
 import torch
-from jaxtyping import Float64, Int
-from torch import Tensor
+from jaxtyping import Float, Float32, Float64, Int
+from torch import Tensor, nn
 
 from milonga.data.windows import IGNORED, Batch
 from milonga.models import Network, NetworkOutput, NetworkState
@@ -25,6 +25,15 @@ class Piece(NamedTuple):
     targets: Int[Tensor, "B T"]
     segments: Segments | None
     rows: slice
+
+
+class Gradient(NamedTuple):
+    """What both passes gave beside the parameters' `grad`; the first two stay on the device, nothing waits for them."""
+
+    nats: Float64[Tensor, ""]  # sum of the losses
+    norm: Float[Tensor, ""]  # of the gradients of all parameters together, not clipped
+    tokens: int  # targets
+    state: NetworkState | None
 
 
 class StepResult(NamedTuple):
@@ -69,29 +78,71 @@ def backward(
     for rounding. With a state (one row per sequence) training carries it from step to step: the next state is returned,
     cut from the graph.
     """
-    tokens = int((batch.targets != IGNORED).sum())
+    tokens = count_targets(batch)
     nats = torch.zeros((), dtype=torch.float64, device=device)
     states: list[NetworkState] = []
     for piece in micro_batches(batch, accumulation):
         before = state
         if state is not None and accumulation > 1:
             before = select(state, list(range(*piece.rows.indices(batch_size(state)))))
-        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-            output = network(
-                piece.tokens.to(device, torch.int64, non_blocking=True),
-                before,
-                segments=piece.segments,
-                targets=piece.targets.to(device, torch.int64, non_blocking=True),
-            )
-        assert output.losses is not None, "targets give losses"
-        total = output.losses.sum(dtype=torch.float32)
-        (total / max(1, tokens)).backward()
-        nats += total.detach()
-        if state is not None:
-            states.append(detach(output.state))
+        total, after = piece_backward(network, piece, before, max(1, tokens), device=device, precision=precision)
+        nats += total
+        if after is not None and state is not None:
+            states.append(after)
     if state is None:
         return nats, tokens, None
     return nats, tokens, states[0] if len(states) == 1 else merge(states)
+
+
+def count_targets(batch: Batch) -> int:
+    """Targets of a batch that count."""
+    return int((batch.targets != IGNORED).sum())
+
+
+def piece_backward(
+    network: Forward,
+    piece: Piece,
+    state: NetworkState | None,
+    count: int | Float32[Tensor, ""],
+    *,
+    device: torch.device,
+    precision: Literal["fp32", "bf16"],
+) -> tuple[Float32[Tensor, ""], NetworkState | None]:
+    """Both passes over a micro-batch, its losses divided by `count`: -> (sum of losses in nats, next state, cut)."""
+    with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+        output = network(
+            piece.tokens.to(device, torch.int64, non_blocking=True),
+            state,
+            segments=piece.segments,
+            targets=piece.targets.to(device, torch.int64, non_blocking=True),
+        )
+    assert output.losses is not None, "targets give losses"
+    total = output.losses.sum(dtype=torch.float32)
+    (total / count).backward()
+    return total.detach(), None if state is None else detach(output.state)
+
+
+def gradient_norm(parameters: Sequence[nn.Parameter]) -> Float[Tensor, ""]:
+    """The norm of all gradients together, on their device."""
+    return torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+
+
+def gradient(
+    network: Forward,
+    parameters: Sequence[nn.Parameter],
+    batch: Batch,
+    state: NetworkState | None,
+    *,
+    device: torch.device,
+    precision: Literal["fp32", "bf16"] = "fp32",
+    accumulation: int = 1,
+) -> Gradient:
+    """`backward`, each kernel launched from here, and the norm. The parameters have no `grad` before."""
+    nats, tokens, after = backward(network, batch, state, device=device, precision=precision, accumulation=accumulation)
+    return Gradient(nats, gradient_norm(parameters), tokens, after)
+
+
+GradientOf = Callable[..., Gradient]  # `gradient`, or a `CapturedGradient` in its place
 
 
 def training_step(
@@ -105,15 +156,18 @@ def training_step(
     clip: float | None = 1.0,
     precision: Literal["fp32", "bf16"] = "fp32",
     accumulation: int = 1,
+    gradient_of: GradientOf = gradient,
 ) -> StepResult:
     """One update of the weights from one batch.
 
+    `gradient_of` computes the gradients: `gradient`, or a `CapturedGradient`, the same one at every step.
     Where the loss or the gradient's norm is NaN or infinite nothing is updated: the caller sees it in the result.
     """
     optimizer.zero_grad()
-    nats, tokens, after = backward(network, batch, state, device=device, precision=precision, accumulation=accumulation)
     parameters = list(optimizer.names.values())
-    length = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    nats, length, tokens, after = gradient_of(
+        network, parameters, batch, state, device=device, precision=precision, accumulation=accumulation
+    )
     loss, norm = torch.stack([nats, length.double()]).tolist()  # the one place that waits for the device
     if math.isfinite(loss) and math.isfinite(norm):
         if clip is not None and norm > clip:

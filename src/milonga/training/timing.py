@@ -8,6 +8,7 @@ import torch
 
 from milonga.data.windows import WindowSampler
 from milonga.models import Network
+from milonga.training.captured import CapturedGradient
 from milonga.training.config import TrainingConfig
 from milonga.training.heldout import HeldOut, batch_nats
 from milonga.training.optimizer import build_optimizer
@@ -41,8 +42,10 @@ def steps_that_fit(
 def _seconds_of_a_step(config: TrainingConfig, trial: Network, sampler: WindowSampler, device: torch.device) -> float:
     optimizer = build_optimizer(trial, config.optimizer)
     carried = trial.init_state(config.batch, device=device) if sampler.carried else None
+    captured = CapturedGradient(config.capture)
+    warm_up = WARM_UP + (device.type == "cuda")  # the third step captures
     seconds = []
-    for index in range(WARM_UP + TIMED):
+    for index in range(warm_up + TIMED):
         began = time.perf_counter()
         batch = sampler.batch(index)
         training_step(
@@ -55,6 +58,8 @@ def _seconds_of_a_step(config: TrainingConfig, trial: Network, sampler: WindowSa
             clip=config.optimizer.clip,
             precision=config.precision,
             accumulation=config.accumulation,
+            gradient_of=captured,
         )
         seconds.append(time.perf_counter() - began)  # the step has read its loss: nothing is left running on a GPU
-    return statistics.median(seconds[WARM_UP:])
+    captured.release()
+    return statistics.median(seconds[warm_up:])
