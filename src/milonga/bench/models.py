@@ -8,11 +8,14 @@ from torch import nn
 from milonga.bench.work import visible_pairs
 from milonga.errors import UserError
 from milonga.layers import AttentionConfig, MambaConfig, SwiGLUConfig
-from milonga.layers.recompute import CHEAP, Cheap
+from milonga.layers.recompute import Cheap
 from milonga.models import ModelConfig, preset
 
 # What is made again in the backward pass of the shapes of record: what keeps them below their peers' memory.
 MEDIUM: tuple[Cheap, ...] = ("norm", "conv", "dt", "rotary", "cast")
+# Without the scan's output, norms and the weights' copies may stay.
+MAMBA: tuple[Cheap, ...] = ("conv", "scan")
+WIDE: tuple[Cheap, ...] = ("norm", "gate", "conv", "dt", "rotary", "cast")
 
 
 @dataclass(frozen=True)
@@ -48,8 +51,8 @@ def training_shapes() -> dict[str, TrainingShape]:
     shapes = (
         TrainingShape("samba-421m", preset("samba-421m"), 8, 4096, MEDIUM),
         TrainingShape("llama-389m", tied, 8, 4096, MEDIUM),  # the 438M model with its head tied to the embedding
-        TrainingShape("mambabyte-353m", preset("mambabyte-353m"), 4, 8192, CHEAP),
-        TrainingShape("byte-samba-30m", _byte_samba(512, 4, 4, 1536, 2048), 32, 4096, CHEAP),
+        TrainingShape("mambabyte-353m", preset("mambabyte-353m"), 4, 8192, MAMBA),
+        TrainingShape("byte-samba-30m", _byte_samba(512, 4, 4, 1536, 2048), 32, 4096, WIDE),
         TrainingShape("byte-samba-small", _byte_samba(128, 1, 4, 256, 128), 4, 256),
     )
     return {shape.name: shape for shape in shapes}

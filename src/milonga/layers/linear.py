@@ -23,13 +23,13 @@ class Linear(nn.Linear):
 
     def forward(self, input: Float[Tensor, "*rows D"]) -> Float[Tensor, "*rows F"]:
         """-> the product, dtype of the input (of autocast where that is on)."""
-        return linear(input, self._weight(input))
+        return linear(input, self.taken(input))
 
     def split(self, input: Float[Tensor, "*rows D"], sizes: Sequence[int]) -> tuple[Tensor, ...]:
         """The product in parts of `sizes` features, see `linear_split`."""
-        return linear_split(input, self._weight(input), sizes)
+        return linear_split(input, self.taken(input), sizes)
 
-    def _weight(self, input: Tensor) -> Tensor:
+    def taken(self, input: Tensor) -> Tensor:
         """The weight as the product takes it: under autocast on a GPU a copy in its dtype, cheap to make again."""
         if not input.is_cuda or not torch.is_autocast_enabled("cuda"):
             return self.weight

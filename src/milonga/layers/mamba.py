@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from milonga.layers.base import Keep, KeepFp32, Layer, LayerConfig, keep_per_sequence, kept_steps, last_columns
 from milonga.layers.linear import Linear, StoredLinear
 from milonga.layers.norm import norm_of
-from milonga.layers.recompute import cheap
+from milonga.layers.recompute import cheap, forgotten
 from milonga.ops.causal_conv import causal_conv
 from milonga.ops.decode_step import MambaWeights, ReplayInputs, has_step_kernels, mamba_replay_, mamba_step_
 from milonga.ops.mamba_step import StepResult, StepWeights, StoredWeight, has_step, mamba_step, prepare_step
+from milonga.ops.projected_scan import projected_scan
 from milonga.ops.selective_scan import selective_scan
 from milonga.segments import Segments, sequence_bounds, sequence_count
 
@@ -226,21 +227,43 @@ class Mamba(Layer):
 
         u, conv_final = convolve(columns)
         u = cheap("conv", u, lambda columns: convolve(columns)[0], columns)
+        y, ssm_final, dt, B = self._project_and_scan(u, z, ssm_initial, segments)
+        return y, MambaTrace(columns, MambaState(conv_final, ssm_final), u, dt, B, segments)
+
+    def _project_and_scan(
+        self,
+        u: Float[Tensor, "B T E"],
+        z: Float[Tensor, "B T E"],
+        initial: Float32[Tensor, "S E N"] | Float64[Tensor, "S E N"] | None,
+        segments: Segments | None,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """What comes after the convolution, see `projected_scan`: -> (output `[B T D]`, final state, dt, B).
+
+        The values are the same to the last bit either way; the gradients differ by rounding.
+        """
+        A, D, dt_bias = self.scan.A(), self.scan.D, self.scan.dt_bias
+        if forgotten("scan") and self._plain(u):
+            x_weight, dt_weight, out_weight = (m.taken(u) for m in (self.x_proj, self.dt_proj, self.out_proj))
+            return projected_scan(
+                u, z, x_weight, dt_weight, A, out_weight, D=D, dt_bias=dt_bias, initial=initial, segments=segments
+            )
         low, B, C = self.x_proj(u).split(self.split_sizes, dim=-1)
         dt = cheap("dt", self.dt_proj(low), self.dt_proj, low)
-        y, ssm_final = selective_scan(
-            u,
-            dt,
-            self.scan.A(),
-            B,
-            C,
-            D=self.scan.D,
-            z=z,
-            dt_bias=self.scan.dt_bias,
-            initial=ssm_initial,
-            segments=segments,
-        )
-        return self.out_proj(y), MambaTrace(columns, MambaState(conv_final, ssm_final), u, dt, B, segments)
+        y, final = selective_scan(u, dt, A, B, C, D=D, z=z, dt_bias=dt_bias, initial=initial, segments=segments)
+        return self.out_proj(y), final, dt, B
+
+    def _plain(self, u: Tensor) -> bool:
+        """Whether the projections after the convolution are products of one dtype and nothing else: no hook that would
+        not be called, no parametrization, no stored weights."""
+        autocast = torch.is_autocast_enabled(u.device.type)
+        for module in (self.x_proj, self.dt_proj, self.out_proj):
+            if type(module) is not Linear or (module.weight.dtype != u.dtype and not autocast):
+                return False
+            if module._forward_hooks or module._forward_pre_hooks:
+                return False
+            if module._backward_hooks or module._backward_pre_hooks:
+                return False
+        return True
 
     def _step(self, x: Float[Tensor, "B 1 D"], state: MambaState) -> StepResult | None:
         """One token of each row by the kernel for decoding on a CPU; None where that does not run."""

@@ -4,6 +4,9 @@ A layer says which of its intermediate results are cheap to make again (`cheap`)
 to be kept (`forgetting`). What the derivative of another op would have saved of such a result is then replaced by the
 recipe for it. Only the named result is made again, not the layer: norms, gates, short convolutions and rotations cost a
 few per cent of a step and are half of its memory.
+
+One result is made again by the backward pass of another op than its own: `scan`, the output of a Mamba layer's scan, is
+a by-product of the scan's own backward pass, and dt comes with it. A layer asks whether it is to be (`forgotten`).
 """
 
 from collections.abc import Callable, Collection, Iterator
@@ -14,7 +17,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-Cheap = Literal["norm", "gate", "conv", "dt", "rotary", "cast"]
+Cheap = Literal["norm", "gate", "conv", "dt", "rotary", "cast", "scan"]
 CHEAP: tuple[Cheap, ...] = get_args(Cheap)
 
 
@@ -93,6 +96,12 @@ def forgetting(names: Collection[str]) -> Iterator[None]:
         _active.reset(token)
         for recipe in here.recipes.values():
             recipe.value = None
+
+
+def forgotten(name: Cheap) -> bool:
+    """Whether results of this kind are not to be kept, here and now: what `forgetting` around this call says."""
+    here = None if torch.compiler.is_compiling() else _active.get()
+    return here is not None and name in here.names
 
 
 def cheap(name: Cheap, value: Tensor, make: Callable[..., Tensor], *sources: Tensor) -> Tensor:

@@ -34,12 +34,12 @@ def expect(
         raise ValueError(f"{op}: {name} must be on {device} as {like} is, got {tensor.device}")
 
 
-def expect_x(op: str, x: Tensor) -> tuple[int, int, int]:
+def expect_x(op: str, x: Tensor, name: str = "x") -> tuple[int, int, int]:
     """B, T, E of `x`, once it is known to be `[B T E]` of a dtype that ops take."""
     if x.ndim != 3:
-        raise ValueError(f"{op}: x must be [B T E], expected 3 dimensions, got shape {list(x.shape)}")
+        raise ValueError(f"{op}: {name} must be [B T E], expected 3 dimensions, got shape {list(x.shape)}")
     if x.dtype not in FLOATS:
         raise ValueError(
-            f"{op}: x must be float32, bfloat16, float16 or float64, got {str(x.dtype).removeprefix('torch.')}"
+            f"{op}: {name} must be float32, bfloat16, float16 or float64, got {str(x.dtype).removeprefix('torch.')}"
         )
     return x.shape[0], x.shape[1], x.shape[2]
