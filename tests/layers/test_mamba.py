@@ -6,12 +6,16 @@ import pickle
 
 import pytest
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import functional as F
 
 from milonga.layers import Mamba, MambaConfig
 from milonga.layers import mamba as mamba_module
 from milonga.layers.linear import store_weights
+from milonga.layers.recompute import CHEAP, forgetting
 from milonga.ops import mamba_step
+from milonga.ops.selective_scan import cpu as selective_scan_cpu
+from milonga.segments import Segments
 
 D = 24
 
@@ -219,3 +223,80 @@ def test_a_layer_made_in_inference_mode_decodes() -> None:
         for steps in (1, 4, 1):
             y, _ = layer(torch.randn(1, steps, 16), layer.init_state(1))
             assert y.isfinite().all()
+
+
+def both_ways(layer, x, precision, state=None, segments=None, names=("conv", "scan"), keep=None):
+    """Values and gradients with everything kept, and with `names` forgotten: -> two lists of each."""
+    leaves = [x, *layer.parameters(), *(state or ())]
+    values, gradients = [], []
+    for forgotten in ((), names):
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"), forgetting(forgotten):
+            y, trace = layer.advance(x, state, segments)
+            after = layer.commit(state, trace, keep)
+        values.append([y, *after, trace.dt, trace.B])
+        loss = y.float().square().sum() + after.ssm.square().sum() + after.conv.float().square().sum()
+        gradients.append(torch.autograd.grad(loss, leaves))
+    return values, gradients
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("names", [("scan",), CHEAP])
+@pytest.mark.parametrize("case", ["text", "state", "packed", "replay", "empty"])
+def test_the_scan_made_again_changes_no_value_and_gradients_by_rounding(precision, names, case):
+    torch.manual_seed(0)
+    layer = MambaConfig(d_state=3, dt_rank=5, expand=3).build(D)  # 72 channels: no multiple of 16
+    segments = Segments.from_lengths([9, 0, 32, 26]) if case == "packed" else None
+    shape = (1, 67, D) if case == "packed" else (3, 0 if case == "empty" else 67, D)
+    x = torch.randn(shape, requires_grad=True)
+    state = None
+    if case != "text":
+        rows = 4 if case == "packed" else 3
+        conv = torch.randn(rows, 3, layer.inner, requires_grad=True)
+        state = mamba_module.MambaState(conv, torch.randn(rows, layer.inner, 3, requires_grad=True))
+    keep = 20 if case == "replay" else None
+    values, gradients = both_ways(layer, x, precision, state, segments, names, keep)
+    assert all(torch.equal(a, b) for a, b in zip(*values, strict=True))
+    bound = 1e-6 if precision == "fp32" else 2.0**-7
+    for usual, other in zip(*gradients, strict=True):
+        assert float((usual - other).norm()) <= bound * float(usual.norm())
+
+
+@pytest.mark.parametrize(("names", "kept"), [(("scan",), {"u"}), (("conv", "scan"), set()), (("conv",), {"dt", "y"})])
+def test_what_is_made_again_is_not_held(names, kept, monkeypatch):
+    """Of the convolution's output u, dt and the scan's output y."""
+    layer, found = MambaConfig().build(D), {}
+    scan = selective_scan_cpu.forward
+
+    def watched(x, dt, *arguments):
+        y, final, checkpoints = scan(x, dt, *arguments)
+        for name, tensor in (("u", x), ("dt", dt), ("y", y)):
+            found[name] = StorageWeakRef(tensor.untyped_storage())
+        return y, final, checkpoints
+
+    monkeypatch.setattr(selective_scan_cpu, "forward", watched)
+    with forgetting(names):
+        out = layer.advance(torch.randn(2, 40, D, requires_grad=True), None)[0]
+    assert {name for name, weak in found.items() if not weak.expired()} == kept
+    out.sum().backward()
+
+
+@pytest.mark.parametrize("name", ["x_proj", "dt_proj", "out_proj"])
+@pytest.mark.parametrize("kind", ["forward", "pre", "backward", "parametrization", "other"])
+def test_a_projection_that_is_more_than_a_product_is_called(name, kind):
+    torch.manual_seed(0)
+    layer, calls = MambaConfig().build(D), []
+    module = layer.get_submodule(name)
+    if kind == "forward":
+        module.register_forward_hook(lambda *_: calls.append(1))
+    elif kind == "pre":
+        module.register_forward_pre_hook(lambda *_: calls.append(1))
+    elif kind == "backward":
+        module.register_full_backward_hook(lambda *_: calls.append(1))
+    elif kind == "parametrization":
+        torch.nn.utils.parametrizations.weight_norm(module)
+    else:
+        layer.set_submodule(name, torch.nn.Sequential(module))
+    x = torch.randn(2, 12, D, requires_grad=True)
+    _, gradients = both_ways(layer, x, "fp32")
+    assert len(calls) == (2 if kind in ("forward", "pre", "backward") else 0)
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True)), "the same ops"
