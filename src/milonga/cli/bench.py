@@ -103,8 +103,8 @@ def train(
     recompute: Annotated[
         str | None,
         typer.Option(
-            help="Results made again in the backward pass: norm, gate, conv, dt, rotary, cast, separated by commas; "
-            "none for no result. [default: what keeps the shape below its peers' memory]",
+            help="Results made again in the backward pass: norm, gate, conv, dt, rotary, cast, scan, separated by "
+            "commas; none for no result. [default: what keeps the shape below its peers' memory]",
             metavar="NAMES",
         ),
     ] = None,
