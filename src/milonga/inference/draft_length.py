@@ -5,8 +5,8 @@ A draft of m tokens, of c bytes each, of which each byte stands with the chance 
     E(m) = 1 + a + ... + a^(m c) = (1 - a^(m c + 1)) / (1 - a)
 
 bytes for a verification, and a round takes `round + m token` plain steps. So m is best where E(m) over that price is
-largest. The prices are given once, so that how long a draft is follows from the text and the seed alone; a and c are
-what this text's rounds have shown so far, the latest counting most.
+largest. The prices are given once, so that how long a draft is follows from the text and the seed alone. The chance a
+is what this text's rounds have shown so far, the latest counting most, and c the mean over the text.
 """
 
 from dataclasses import dataclass
@@ -16,7 +16,6 @@ from milonga.errors import UserError
 
 _MEMORY = 0.98  # of each round, what counts of all before it
 _ACCEPTANCE, _EXAMINED = 0.8, 20.0  # what is believed before the first round, and how many bytes that weighs
-_TOKENS = 8.0  # how many tokens the first belief about their length weighs
 _SLACK = 1.25  # bytes that are looked at, in those that are expected: long tokens are not cut
 _MULTIPLE = 8  # a verification reads a multiple of so many bytes
 
@@ -74,39 +73,26 @@ def expected_bytes(acceptance: float, draft: float) -> float:
 
 
 class Pace:
-    """What one text's rounds have shown, and the plan for its next.
+    """How one text's rounds went, and the plan for its next."""
 
-    Args:
-        token_bytes: what a token of the drafter is believed to have before the first is drafted.
-    """
-
-    def __init__(self, token_bytes: float = 1.0):
+    def __init__(self) -> None:
         self._examined, self._accepted = _EXAMINED, _EXAMINED * _ACCEPTANCE
-        self._tokens, self._bytes = _TOKENS, _TOKENS * token_bytes
 
     @property
     def acceptance(self) -> float:
         """Share of the bytes looked at that stood."""
         return self._accepted / self._examined
 
-    @property
-    def token_bytes(self) -> float:
-        """Bytes of a drafted token."""
-        return self._bytes / self._tokens
-
-    def plan(self, length: DraftLength) -> Plan:
-        """For the next round."""
+    def plan(self, length: DraftLength, token_bytes: float) -> Plan:
+        """For the next round, where a token of the drafter has so many bytes."""
         if isinstance(length, AdaptiveDraft):
-            tokens = length.tokens(self.acceptance, self.token_bytes)
-            wanted = 1 + tokens * self.token_bytes * (_SLACK if self.token_bytes > 1 else 1.0)
+            tokens = length.tokens(self.acceptance, token_bytes)
+            wanted = 1 + tokens * token_bytes * (_SLACK if token_bytes > 1 else 1.0)
             pieces = max(1, min(-(-round(wanted) // _MULTIPLE), (LONGEST + 1) // _MULTIPLE))
             return Plan(tokens, _MULTIPLE * pieces - 1)
-        return Plan(max(1, min(length, round(length / self.token_bytes))), length)
+        return Plan(max(1, min(length, round(length / token_bytes))), length)
 
-    def saw(self, examined: int, accepted: int, drafted: int, tokens: int) -> None:
-        """What came of a round: bytes looked at, of these stood; bytes drafted, of how many tokens."""
+    def saw(self, examined: int, accepted: int) -> None:
+        """What came of a round: bytes looked at, and of these stood."""
         self._examined = _MEMORY * self._examined + examined
         self._accepted = _MEMORY * self._accepted + accepted
-        if tokens:
-            self._tokens = _MEMORY * self._tokens + tokens
-            self._bytes = _MEMORY * self._bytes + drafted

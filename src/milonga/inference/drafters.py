@@ -21,6 +21,11 @@ class Dice(Protocol):
 class DraftStream(Protocol):
     """A drafter at work on B texts."""
 
+    @property
+    def token_bytes(self) -> Sequence[float]:
+        """Bytes of what the drafter draws at once, on average, for each text."""
+        ...
+
     def draft(self, limit: int, temperature: float, dice: Sequence[Dice]) -> Sequence[RowDraft]:
         """At most `limit` bytes for each row.
 
@@ -96,6 +101,11 @@ class NgramStream:
     def __init__(self, drafter: NgramDrafter, texts: Sequence[bytes]):
         self._drafter = drafter
         self._texts = [bytearray(text[-drafter.window :]) for text in texts]
+
+    @property
+    def token_bytes(self) -> list[float]:
+        """As `DraftStream.token_bytes`."""
+        return [1.0] * len(self._texts)
 
     def draft(self, limit: int, temperature: float, dice: Sequence[Dice]) -> list[SureDraft]:
         """As `DraftStream.draft`. Nothing is drawn."""

@@ -32,12 +32,13 @@ from milonga.inference.drafters import Dice, SureDraft
 from milonga.inference.language_model import LanguageModel
 from milonga.inference.runner import NetworkRunner, Runner
 from milonga.models.network import NetworkState
-from milonga.state import merge
+from milonga.state import clone, merge
 
 _PIECE = 256  # tokens of a prompt that are read at once
 _LAST = 64  # bytes of a prompt that stay open to being cut into tokens anew, where no white space comes before
 _SETTLE = 4  # tokens that are read again in every round before the state moves on behind them
 _KEPT = 8  # tokens that stay open where no white space comes
+_USUAL = 3.5  # bytes of a token
 _WHITE = b" \n\r\t"
 
 
@@ -131,6 +132,10 @@ class ModelStream:
 
     Keeps a state behind all but the last tokens of each text. Every round reads those few again, in one piece: what the
     verifier changed is in them, and the state needs no copies to go back to.
+
+    Attributes:
+        state: of the network, B rows, behind what is settled.
+        behind: `[B V]`, the prediction there.
     """
 
     def __init__(self, drafter: ModelDrafter, texts: Sequence[bytes]):
@@ -140,9 +145,10 @@ class ModelStream:
         self._tails = [text[len(head) :] for text, head in zip(texts, heads, strict=True)]
         rows = [self._read(head) for head in heads]
         self._lengths = [length for _, _, length in rows]  # tokens of each text that the state stands behind
+        self._bytes = [len(head) for head in heads]  # and their bytes
         with torch.inference_mode():
-            self._state: NetworkState = merge([state for state, _, _ in rows]) if len(rows) > 1 else rows[0][0]
-            self._behind = torch.cat([logits for _, logits, _ in rows])  # [B V]: the prediction there
+            self.state: NetworkState = merge([state for state, _, _ in rows]) if len(rows) > 1 else rows[0][0]
+            self.behind = torch.cat([logits for _, logits, _ in rows])
 
     @torch.inference_mode()
     def _read(self, text: bytes) -> tuple[NetworkState, Float[Tensor, "1 V"], int]:
@@ -155,6 +161,14 @@ class ModelStream:
             output = network(ids[None, start : start + _PIECE], state, logits="last")
             state, logits = output.state, output.logits
         return state, logits, len(ids)
+
+    @property
+    def token_bytes(self) -> list[float]:
+        """As `DraftStream.token_bytes`; of a short text what is usual."""
+        if self._drafter.vocabulary.longest == 1:
+            return [1.0] * len(self._tails)
+        few = _KEPT * _USUAL
+        return [(read + few) / (count + _KEPT) for read, count in zip(self._bytes, self._lengths, strict=True)]
 
     def extend(self, written: Sequence[bytes]) -> None:
         """As `DraftStream.extend`."""
@@ -193,19 +207,18 @@ class ModelStream:
     ) -> tuple[NetworkState, Float[Tensor, "B V"], list[bytes], Callable[[], None]]:
         """Read the last tokens: -> (the state behind those that have ended, the prediction there, the bytes of the
         token that has not, what moves on behind tokens that are settled). Up to `limit` steps follow."""
-        codec, rows = self._drafter.model.codec, range(len(self._tails))
-        tails = [codec.encode(tail).tolist() for tail in self._tails]
+        rows, tails = range(len(self._tails)), self.tail_ids()
         longest = max(map(len, tails))
         read = [length + len(tail) for length, tail in zip(self._lengths, tails, strict=True)]
         self._runner.ensure(max(read) + limit)  # a step gives a byte or more
         padded = torch.tensor([tail + [0] * (longest - len(tail)) for tail in tails], dtype=torch.int64)
-        logits, trace = self._runner.verify(padded.to(self._device), self._state)
-        behind = torch.cat([self._behind[:, None], logits[:, :longest].to(self._behind.dtype)], 1)
+        logits, trace = self._runner.verify(padded.to(self._device), self.state)
+        behind = torch.cat([self.behind[:, None], logits[:, :longest].to(self.behind.dtype)], 1)
         lasts = [self._drafter.tokens[tail[-1]] if tail else b"" for tail in tails]
         before = behind[list(rows), [max(len(tail) - 1, 0) for tail in tails]]
         open_ = self._open(lasts, before, temperature, dice)
         keep = [len(tail) - bool(prefix) for tail, prefix in zip(tails, open_, strict=True)]
-        state = self._runner.commit(self._state, trace, keep)
+        state = self._runner.commit(self.state, trace, keep)
         return state, behind[list(rows), keep], open_, partial(self._settle, tails, behind, trace)
 
     def _open(
@@ -226,14 +239,34 @@ class ModelStream:
 
     def _settle(self, tails: list[list[int]], behind: Float[Tensor, "B T V"], trace: tuple[object, ...]) -> None:
         """Move the state on behind tokens that will not be cut anew: those before the last word."""
+        settled = self.settled(tails)
+        if any(settled):
+            state = self._runner.commit(self.state, trace, settled)
+            self.move(state, behind[list(range(len(tails))), settled], own=True)
+            self.moved_on(tails, settled)
+
+    def tail_ids(self) -> list[list[int]]:
+        """The tokens of each text that the state does not stand behind yet."""
+        return [self._drafter.model.codec.encode(tail).tolist() for tail in self._tails]
+
+    def settled(self, tails: list[list[int]]) -> list[int]:
+        """How many of these tokens the state is to move on behind: those before the last word, once they are several
+        in one of the texts; else none."""
         settled = [self._final(tail) for tail in tails]
-        if max(settled) < _SETTLE and self._drafter.vocabulary.longest > 1:
-            return
-        self._state = self._runner.commit(self._state, trace, settled)
-        self._behind = behind[list(range(len(tails))), settled].clone()
+        enough = max(settled) >= _SETTLE or self._drafter.vocabulary.longest == 1
+        return settled if enough else [0] * len(settled)
+
+    def moved_on(self, tails: list[list[int]], settled: list[int]) -> None:
+        """The state stands behind so many of these tokens now."""
         for row, (tail, count) in enumerate(zip(tails, settled, strict=True)):
             self._lengths[row] += count
-            self._tails[row] = self._tails[row][sum(len(self._drafter.tokens[token]) for token in tail[:count]) :]
+            size = sum(len(self._drafter.tokens[token]) for token in tail[:count])
+            self._bytes[row] += size
+            self._tails[row] = self._tails[row][size:]
+
+    def move(self, state: NetworkState, behind: Float[Tensor, "B V"], *, own: bool = False) -> None:
+        """The state behind all but the tails, and the prediction there: copied, unless they are the stream's `own`."""
+        self.state, self.behind = state if own else clone(state), behind.clone()
 
     def _final(self, tail: list[int]) -> int:
         if self._drafter.vocabulary.longest == 1:

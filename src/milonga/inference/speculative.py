@@ -25,6 +25,8 @@ from milonga.inference.acceptance import (
     accept_greedy,
     accept_top_k,
 )
+from milonga.inference.device_rows import DeviceBuffers, DeviceRows
+from milonga.inference.draft_length import DraftLength
 from milonga.inference.drafters import Drafter, DraftStream
 from milonga.inference.generation import Generation, Piece, StopFinder, as_bytes, as_text
 from milonga.inference.language_model import LanguageModel
@@ -46,7 +48,7 @@ class SpeculativeDecoder:
         rule: which drafted bytes stand. `exact`: the text has the very distribution of plain sampling with the same
             settings. `greedy`: the text is that of plain decoding at temperature 0, which it implies. `top_k`: those
             among the `top` likeliest; lossy, the text is neither the verifier's nor the drafter's.
-        draft: bytes drafted for a round, 1 or more.
+        draft: bytes drafted for a round, 1 or more, or `AdaptiveDraft`.
         top: for rule `top_k`, 1 or more.
         tie: for rule `greedy`: where the best logit leads by no more than this share of the largest, the byte is
             decided by single steps. None: `TIE_FP32` or `TIE_FP64`; of networks in bf16 and fp16 0, for none: there the
@@ -66,7 +68,7 @@ class SpeculativeDecoder:
         drafter: Drafter,
         *,
         rule: Rule = "exact",
-        draft: int = DRAFT,
+        draft: DraftLength = DRAFT,
         top: int = 3,
         tie: float | None = None,
         runner: Runner | None = None,
@@ -78,7 +80,7 @@ class SpeculativeDecoder:
             )
         if rule not in RULES:
             raise UserError(f"speculative decoding: rule must be one of {', '.join(RULES)}, got '{rule}'")
-        if draft < 1 or top < 1 or (tie is not None and not 0 <= tie < 1):
+        if (isinstance(draft, int) and draft < 1) or top < 1 or (tie is not None and not 0 <= tie < 1):
             raise UserError(
                 f"speculative decoding: draft and top must be at least 1 and tie in [0, 1), got {draft}, {top}, {tie}"
             )
@@ -93,6 +95,8 @@ class SpeculativeDecoder:
             "top_k": accept_top_k(top),
         }
         self._accept = rules[rule]
+        on_device = rule != "top_k" and DeviceBuffers.serves(verifier, drafter, self._runner)
+        self._buffers = DeviceBuffers(verifier, drafter, self.tie) if on_device else None
 
     def generate(
         self,
@@ -150,7 +154,7 @@ class SpeculativeDecoder:
             limits: bytes to write, for each row, >= 0.
             until: for each row, told every byte that is written, says whether the text ends behind it.
         """
-        return SpeculativeRows(
+        arguments = (
             self._runner,
             NetworkRunner(self.verifier.network),
             self._accept,
@@ -159,11 +163,14 @@ class SpeculativeDecoder:
             logits,
             samplers,
             limits,
-            draft=lambda: self.draft,
-            replay=self.rule == "greedy" and self.tie > 0,
-            stats=self.stats,
-            until=until,
+            lambda: self.draft,
+            self.rule == "greedy" and self.tie > 0,
+            self.stats,
+            until,
         )
+        if self._buffers is not None and DeviceRows.serves(stream, samplers):
+            return DeviceRows(self._buffers, *arguments)
+        return SpeculativeRows(*arguments)
 
     def settings(self, sampling: Sampling | None) -> Sampling:
         """The settings that hold: with rule `greedy` the temperature is 0."""

@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from milonga.inference.acceptance import Accept, Decision
+from milonga.inference.draft_length import DraftLength, Pace, Plan
 from milonga.inference.drafters import DraftStream, SureDraft
 from milonga.inference.runner import Runner
 from milonga.inference.sampling import Sampler, Uniforms
@@ -69,11 +70,11 @@ class _Row:
     def __post_init__(self) -> None:
         seed = self.sampler.sampling.seed
         assert seed is not None
-        self._uniforms = Uniforms(seed)
+        self.uniforms, self.pace = Uniforms(seed), Pace()
 
     def dice(self, ahead: int, lane: int) -> float:
         """As `Dice`."""
-        return self._uniforms(self.sampler.position + ahead, lane)
+        return self.uniforms(self.sampler.position + ahead, lane)
 
     def write(self, data: bytes) -> bytes:
         """What of `data` is written: as much as may be, up to the byte that ends the text."""
@@ -101,7 +102,7 @@ class SpeculativeRows:
         logits: `[B V]`, of the next bytes.
         samplers: one for each row, standing there.
         limits: bytes to write, for each row, >= 0.
-        draft: bytes to draft for the next round, asked before each.
+        draft: how much to draft for the next round, asked before each.
         replay: whether the rule leaves bytes undecided.
         stats: counted on.
         until: for each row, what ends it early.
@@ -117,8 +118,7 @@ class SpeculativeRows:
         logits: Float[Tensor, "B V"],
         samplers: Sequence[Sampler],
         limits: Sequence[int],
-        *,
-        draft: Callable[[], int],
+        draft: Callable[[], DraftLength],
         replay: bool,
         stats: SpeculationStats,
         until: Sequence[Until] | None = None,
@@ -144,12 +144,16 @@ class SpeculativeRows:
         try:
             written = self._round() if self._begun else self._begin()
         except BaseException:  # interrupted, or a broken model: `finish` still knows what was written before
-            self._state = before[0]
+            self._go_back(before[0])
             for row, last in zip(self._rows, before[1], strict=True):
                 row.last, row.left = last, 0
             raise
         self._stream.extend(written)
         return written
+
+    def _go_back(self, state: NetworkState) -> None:
+        """Stand where the verifier's state was this, before a round that failed."""
+        self._state = state
 
     def _begin(self) -> list[bytes]:
         self._begun = True
@@ -163,11 +167,12 @@ class SpeculativeRows:
         if self.done:
             return [b""] * len(self._rows)
         began = time.perf_counter()
-        limit = min(self._draft(), max(row.left for row in self._rows) - 1)
+        plans = self._plans()
+        limit = max(plan.bytes for plan in plans)
         dice = [row.dice for row in self._rows]
         temperature = self._rows[0].sampler.sampling.temperature
         drafts = self._stream.draft(limit, temperature, dice) if limit > 0 else [SureDraft()] * len(self._rows)
-        counts = [max(min(len(d.text), limit, row.left - 1), 0) for d, row in zip(drafts, self._rows, strict=True)]
+        counts = [min(len(draft.text), plan.bytes) for draft, plan in zip(drafts, plans, strict=True)]
         verifying = time.perf_counter()
         fed = [
             bytes([row.last or 0]) + draft.text[:count]
@@ -180,25 +185,26 @@ class SpeculativeRows:
             self._accept(scores, draft, count, row.sampler) if row.left else None
             for row, scores, draft, count in zip(self._rows, host, drafts, counts, strict=True)
         ]
-        self._count(decisions, counts)
-        written = [
-            b"" if decision is None else row.write(_stood(draft.text, decision))
-            for row, draft, decision in zip(self._rows, drafts, decisions, strict=True)
-        ]
-        self._commit(trace, fed, decisions, written)
-        self._stats.written += sum(map(len, written))
+        texts = [draft.text[:count] for draft, count in zip(drafts, counts, strict=True)]
+        written = self._write(texts, decisions)
+        self._state = self._runner.commit(self._state, trace, [len(data) for data in written])
+        self._decide_open(fed, decisions, written)
         self._stats.draft_seconds += verifying - began
         self._stats.verify_seconds += time.perf_counter() - verifying
         return written
 
-    def _commit(
-        self, trace: tuple[object, ...], fed: list[bytes], decisions: list[Decision | None], written: list[bytes]
-    ) -> None:
-        """Move behind all that was written but the last byte, and decide what the verification left open."""
-        keep = [len(data) for data in written]
-        self._state = self._runner.commit(self._state, trace, keep)
+    def _write(self, drafts: Sequence[bytes], decisions: Sequence[Decision | None]) -> list[bytes]:
+        """What the rows get of their drafts, and of the bytes that the verifier put behind them."""
+        self._count(decisions, [len(draft) for draft in drafts])
+        return [
+            b"" if decision is None else row.write(_stood(draft, decision))
+            for row, draft, decision in zip(self._rows, drafts, decisions, strict=True)
+        ]
+
+    def _decide_open(self, fed: list[bytes], decisions: Sequence[Decision | None], written: list[bytes]) -> None:
+        """Decide what the verification of `fed` left open, once the state stands behind what it wrote."""
         for index, (row, decision) in enumerate(zip(self._rows, decisions, strict=True)):
-            kept = fed[index][: keep[index]]
+            kept = fed[index][: len(written[index])]
             if decision is not None and decision.byte is None and row.left:
                 token = fed[index][decision.accepted : decision.accepted + 1]
                 logits = self._redo(index, row, kept, token)
@@ -207,6 +213,7 @@ class SpeculativeRows:
                 row.since += kept
                 if len(row.since) > REPLAY:
                     row.since, row.origin = None, None
+        self._stats.written += sum(map(len, written))
 
     def _redo(self, index: int, row: _Row, kept: bytes, token: bytes) -> np.ndarray:
         """Read `token` by a single step: -> the logits behind it `[V]`. The row's state moves behind it."""
@@ -253,16 +260,26 @@ class SpeculativeRows:
         tokens = torch.from_numpy(values.reshape(len(texts), longest).astype(np.int64))
         return tokens.to(self._logits.device)
 
-    def _count(self, decisions: list[Decision | None], counts: list[int]) -> None:
+    def _plans(self) -> list[Plan]:
+        """What to draft for each row: never more than it may still get, less the verifier's own byte."""
+        length, token_bytes = self._draft(), self._stream.token_bytes
+        plans = [row.pace.plan(length, size) for row, size in zip(self._rows, token_bytes, strict=True)]
+        return [
+            plan._replace(bytes=max(min(plan.bytes, row.left - 1), 0))
+            for plan, row in zip(plans, self._rows, strict=True)
+        ]
+
+    def _count(self, decisions: Sequence[Decision | None], counts: Sequence[int]) -> None:
         stats = self._stats
         stats.rounds += 1
-        for decision, count in zip(decisions, counts, strict=True):
+        for row, decision, count in zip(self._rows, decisions, counts, strict=True):
             if decision is not None:
+                examined = decision.accepted + (decision.byte is not None and decision.accepted < count)
                 stats.verifications += 1
                 stats.drafted += count
                 stats.accepted += decision.accepted
-                fell = decision.byte is not None and decision.accepted < count
-                stats.examined += decision.accepted + fell
+                stats.examined += examined
+                row.pace.saw(examined, decision.accepted)
 
 
 def _stood(draft: bytes, decision: Decision) -> bytes:

@@ -1,0 +1,230 @@
+"""Speculative decoding of B texts with one wait for the device a round.
+
+A round is launched as a whole: the drafter reads its last tokens again and draws, the verifier reads the draft, decides
+which bytes stand and moves behind them. Then the host reads one small array: what was written. What it cannot leave to
+the device (a byte too close to call, a text that ends amid what stood) it does as `SpeculativeRows` does.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from milonga.errors import UserError
+from milonga.inference.acceptance import Accept, Decision
+from milonga.inference.captured import CapturedRunner, grows
+from milonga.inference.device_drafting import DeviceDrafter, VocabularyTables
+from milonga.inference.device_sampling import device_mode
+from milonga.inference.device_verification import PIECE, DeviceVerifier
+from milonga.inference.draft_length import LONGEST, DraftLength, Plan
+from milonga.inference.drafters import Drafter, DraftStream, NgramStream
+from milonga.inference.language_model import LanguageModel
+from milonga.inference.model_drafter import ModelDrafter, ModelStream
+from milonga.inference.runner import Runner
+from milonga.inference.sampling import Sampler
+from milonga.inference.speculative_rows import SpeculationStats, SpeculativeRows, Until
+from milonga.models.network import NetworkState
+from milonga.state import clone
+
+LARGEST = 1 << 28  # bytes of the tables of a vocabulary, at most
+
+
+class DeviceBuffers:
+    """The static buffers of a verifier and its drafter, made for the numbers of rows that are asked for.
+
+    One set of texts stands in those of a number of rows. Where another comes, the first is sent home, and comes back
+    when it goes on.
+
+    Args:
+        verifier: the byte model.
+        drafter: it or another.
+        tie: for rule `greedy`, see `accept_greedy`.
+    """
+
+    def __init__(self, verifier: LanguageModel, drafter: Drafter, tie: float):
+        self._verifier, self._drafter, self._tie = verifier, drafter, tie
+        self._tables: VocabularyTables | None = None
+        self._made: dict[tuple[int, int, bool], tuple[DeviceVerifier, DeviceDrafter | None]] = {}
+        self._owners: dict[tuple[int, int, bool], "DeviceRows"] = {}
+
+    @staticmethod
+    def serves(verifier: LanguageModel, drafter: Drafter, runner: Runner) -> bool:
+        """Whether rounds can run on the device: everything is captured, and no state grows."""
+        if not isinstance(runner, CapturedRunner) or grows(verifier.network):
+            return False
+        if not isinstance(drafter, ModelDrafter):
+            return True
+        model, vocabulary = drafter.model, drafter.vocabulary
+        size = 257 * 4 * len({token[:depth] for token in drafter.tokens for depth in range(len(token))})
+        size += 16 * len(vocabulary) * vocabulary.longest
+        captured = isinstance(drafter.runner, CapturedRunner) and model.device == verifier.device
+        return captured and size <= LARGEST and not grows(model.network)
+
+    def take(self, owner: "DeviceRows", greedy: bool, longest: int) -> tuple[DeviceVerifier, DeviceDrafter | None]:
+        """The buffers, with this owner's texts in them."""
+        key = owner.count, -(-(max(longest, LONGEST) + 1) // PIECE) * PIECE - 1, greedy
+        if key not in self._made:
+            self._made[key] = self._make(*key)
+        verifier, drafter = self._made[key]
+        before = self._owners.get(key)
+        if before is not owner:
+            if before is not None:
+                before.leave()
+            self._owners[key] = owner
+            verifier.load(owner.state)
+        return verifier, drafter
+
+    def give_back(self, owner: "DeviceRows") -> None:
+        """These texts are through."""
+        self._owners = {key: other for key, other in self._owners.items() if other is not owner}
+
+    def _make(self, rows: int, limit: int, greedy: bool) -> tuple[DeviceVerifier, DeviceDrafter | None]:
+        network, tie = self._verifier.network, self._tie if greedy else 0.0
+        if not isinstance(self._drafter, ModelDrafter):
+            return DeviceVerifier(network, rows, limit, tie=tie), None
+        if self._tables is None:
+            self._tables = VocabularyTables(self._drafter)
+        drafter = DeviceDrafter(self._drafter, self._tables, rows, limit, limit, greedy)
+        drafted = drafter.drafted
+        verifier = DeviceVerifier(
+            network, rows, limit, text=drafted.text, count=drafted.count, conditionals=drafter.conditionals, tie=tie
+        )
+        return verifier, drafter
+
+
+class DeviceRows(SpeculativeRows):
+    """`SpeculativeRows` whose rounds run on the device. Arguments as there, and the buffers."""
+
+    def __init__(
+        self,
+        buffers: DeviceBuffers,
+        runner: Runner,
+        single: Runner,
+        accept: Accept,
+        stream: DraftStream,
+        state: NetworkState,
+        logits: Float[Tensor, "B V"],
+        samplers: Sequence[Sampler],
+        limits: Sequence[int],
+        draft: Callable[[], DraftLength],
+        replay: bool,
+        stats: SpeculationStats,
+        until: Sequence[Until] | None = None,
+    ):
+        super().__init__(
+            runner, single, accept, stream, state, logits, samplers, limits, draft, replay, stats, until
+        )  # fmt: skip
+        mode = device_mode([sampler.sampling for sampler in samplers])
+        assert mode is not None
+        self._buffers, self._mode = buffers, mode
+        self._verifier: DeviceVerifier | None = None
+        self._drafter: DeviceDrafter | None = None
+        self.count = len(samplers)
+        device = logits.device
+        self._times = [torch.cuda.Event(enable_timing=True) for _ in range(3)] if device.type == "cuda" else None
+
+    @staticmethod
+    def serves(stream: DraftStream, samplers: Sequence[Sampler]) -> bool:
+        """Whether the device draws as these samplers do, from what such a stream drafts."""
+        return isinstance(stream, ModelStream | NgramStream) and device_mode([s.sampling for s in samplers]) is not None
+
+    @property
+    def state(self) -> NetworkState:
+        """The verifier's, behind all but the last byte of every text."""
+        return self._state
+
+    def leave(self) -> None:
+        """Take the states home: others come into the buffers."""
+        if self._verifier is not None and self._state is self._verifier.state:
+            self._state = clone(self._state)
+        if self._drafter is not None:
+            self._drafter.leave()
+        self._verifier = self._drafter = None
+
+    def _go_back(self, state: NetworkState) -> None:
+        if self._verifier is not None and state is self._verifier.state:
+            self._verifier.undo()
+        super()._go_back(state)
+
+    def finish(self) -> tuple[NetworkState, Float[Tensor, "B V"]]:
+        """As `SpeculativeRows.finish`."""
+        found = super().finish()
+        self.leave()
+        self._buffers.give_back(self)
+        return found
+
+    def _round(self) -> list[bytes]:
+        if self.done:
+            return [b""] * len(self._rows)
+        began = time.perf_counter()
+        plans = self._plans()
+        verifier = self._come_in(max(plan.bytes for plan in plans))
+        drafting = self._launch(verifier, plans)
+        verdicts = verifier.verdicts()
+        if any(verdict.broken and row.left for verdict, row in zip(verdicts, self._rows, strict=True)):
+            raise UserError("generate: the model predicts nan or infinity for the next token; its weights are damaged")
+        decisions = [
+            Decision(verdict.accepted, verdict.byte) if row.left else None
+            for verdict, row in zip(verdicts, self._rows, strict=True)
+        ]
+        drafts = [verdict.drafted for verdict in verdicts]
+        for row, draft, decision in zip(self._rows, drafts, decisions, strict=True):
+            if decision is not None:
+                for byte in (*draft[: decision.accepted], *([] if decision.byte is None else [decision.byte])):
+                    row.sampler.accept(byte)
+        fed = [bytes([row.last or 0]) + draft for row, draft in zip(self._rows, drafts, strict=True)]
+        written = self._write(drafts, decisions)
+        moved = [0 if d is None else d.accepted + (d.byte is not None) for d in decisions]
+        keep = [len(data) for data in written]
+        if keep != moved:  # a text ended amid what stood
+            verifier.keep(keep)
+        self._decide_open(fed, decisions, written)
+        self._stats.draft_seconds += (seconds := drafting())
+        self._stats.verify_seconds += time.perf_counter() - began - seconds
+        return written
+
+    def _come_in(self, longest: int) -> DeviceVerifier:
+        verifier, self._drafter = self._buffers.take(self, self._mode == "greedy", longest)
+        if self._state is not verifier.state:  # after a byte that single steps decided
+            verifier.load(self._state)
+            self._state = verifier.state
+        self._verifier = verifier
+        return verifier
+
+    def _launch(self, verifier: DeviceVerifier, plans: Sequence[Plan]) -> Callable[[], float]:
+        """Draft and verify, and wait for it: -> what tells the seconds of the draft."""
+        drafts, began = None, time.perf_counter()
+        samplers, uniforms = [row.sampler for row in self._rows], [row.uniforms for row in self._rows]
+        self._mark(0)
+        temperature, longest = samplers[0].sampling.temperature, max(plan.bytes for plan in plans)
+        if isinstance(self._stream, ModelStream):
+            assert self._drafter is not None
+            self._drafter.take(self._stream)
+            if longest:
+                self._drafter.draft(plans, [sampler.position for sampler in samplers], uniforms, temperature)
+            else:
+                self._drafter.skip()
+        elif longest:
+            dice = [row.dice for row in self._rows]
+            found = self._stream.draft(longest, temperature, dice)
+            drafts = [draft.text[: plan.bytes] for draft, plan in zip(found, plans, strict=True)]
+        else:
+            drafts = [b""] * len(plans)
+        self._mark(1)
+        drafted = time.perf_counter()
+        lasts, active = [row.last or 0 for row in self._rows], [row.left > 0 for row in self._rows]
+        verifier.verify(longest, self._mode, lasts, active, samplers, uniforms, drafts)
+        self._mark(2)
+        if self._drafter is not None:
+            self._drafter.settle()
+        if self._times is None:
+            return lambda: drafted - began
+        first, second, last = self._times
+        last.synchronize()
+        return lambda: first.elapsed_time(second) / 1e3
+
+    def _mark(self, number: int) -> None:
+        if self._times is not None:
+            self._times[number].record()

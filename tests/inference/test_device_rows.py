@@ -1,0 +1,259 @@
+"""Rounds on the device write what rounds from the host write: the same bytes, whatever drafts. Here without graphs."""
+
+from functools import cache
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from milonga.data.bpe import BpeCodec
+from milonga.errors import UserError
+from milonga.inference import draft_length
+from milonga.inference.captured import CapturedRunner
+from milonga.inference.device_rows import DeviceRows
+from milonga.inference.draft_length import AdaptiveDraft, Plan
+from milonga.inference.drafters import NgramDrafter
+from milonga.inference.language_model import LanguageModel
+from milonga.inference.model_drafter import ModelDrafter
+from milonga.inference.sampling import Sampling
+from milonga.inference.speculative import SpeculativeDecoder
+from milonga.inference.speculative_rows import SpeculativeRows
+from milonga.state import merge
+from tests.inference.helpers import CONFIGS, MAMBA, SAMBA, opinionated
+
+MERGES = [(b" ", b"t"), (b"h", b"e"), (b" t", b"he"), (b" the", b"m"), (b"a", b"b"), (b"ab", b"c"), (b"c", b"a")]
+FEW = settings(max_examples=4)
+PROMPTS = st.binary(max_size=40) | st.text("abc the\n", max_size=40).map(str.encode)
+KINDS = ("near", "subwords", "ngram")
+every_kind = pytest.mark.parametrize("kind", KINDS)
+
+
+@pytest.fixture(autouse=True)
+def tokens_enough(monkeypatch):
+    """The host draws until a draft is long enough: so here the device may draw as many tokens as bytes."""
+    monkeypatch.setattr(draft_length, "round", lambda number: int(10 * number + 1), raising=False)
+
+
+@cache
+def verifier():
+    return opinionated(SAMBA)
+
+
+@cache
+def model(kind):
+    if kind == "near":
+        near = opinionated(SAMBA)
+        generator = torch.Generator().manual_seed(1)
+        with torch.no_grad():
+            for parameter in near.network.parameters():
+                parameter.add_(torch.randn(parameter.shape, generator=generator) * parameter.abs().mean() * 0.3)
+        return near
+    codec = BpeCodec(MERGES)
+    subwords = LanguageModel(MAMBA.replace(vocab_size=codec.vocab_size).build(seed=3), codec)
+    with torch.no_grad():
+        subwords.network.embedding.weight.mul_(20)
+    return subwords
+
+
+def decoder(kind, rule, draft, *, device, rows=1, lm=None):
+    lm = lm or verifier()
+    if kind == "ngram":
+        drafter = NgramDrafter(longest=8, shortest=1)
+    else:
+        drafter = ModelDrafter(model(kind), CapturedRunner(model(kind).network, rows) if device else None)
+    runner = CapturedRunner(lm.network, rows) if device else None
+    return SpeculativeDecoder(lm, drafter, rule=rule, draft=draft, runner=runner)
+
+
+def write(decoder, prompts, limits, settings, until=None):
+    """Texts written together: -> (texts, state, logits, the rows)."""
+    sessions = [decoder.verifier.session() for _ in prompts]
+    for session, prompt in zip(sessions, prompts, strict=True):
+        session.feed(prompt)
+    marks = [session.mark() for session in sessions]
+    rows = decoder.rows(
+        merge([mark.state for mark in marks]),
+        torch.stack([mark.logits for mark in marks]),
+        decoder.drafter.start(prompts),
+        [
+            session.sampler(decoder.settings(each), n)
+            for session, each, n in zip(sessions, settings, limits, strict=True)
+        ],
+        limits,
+        until,
+    )
+    texts = [b""] * len(prompts)
+    while not rows.done:
+        texts = [text + more for text, more in zip(texts, rows.round(), strict=True)]
+    return texts, *rows.finish(), rows
+
+
+@every_kind
+@pytest.mark.parametrize("rule", ["greedy", "exact"])
+@FEW
+@given(data=st.data())
+def test_the_device_writes_what_the_host_writes(kind, rule, data):
+    """Texts of a batch, their states and the logits behind them, and what is counted."""
+    prompts = data.draw(st.lists(PROMPTS, min_size=1, max_size=3))
+    limits = data.draw(st.lists(st.integers(0, 40), min_size=len(prompts), max_size=len(prompts)))
+    draft = data.draw(st.integers(1, 20))
+    chosen = data.draw(st.sampled_from([{}, {"top_k": 20}, {"top_p": 0.9, "top_k": 50}]))
+    ends = data.draw(st.sampled_from([b"", b"a", b" \n\0"]))
+    each = [Sampling(temperature=0.8, seed=index, **chosen) for index in range(len(prompts))]
+    found = []
+    for device in (False, True):
+        mine = decoder(kind, rule, draft, device=device, rows=len(prompts))
+        texts, state, logits, rows = write(mine, prompts, limits, each, [lambda byte: byte in ends] * len(prompts))
+        assert isinstance(rows, DeviceRows) == device and isinstance(rows, SpeculativeRows)
+        stats = {name: value for name, value in vars(mine.stats).items() if "seconds" not in name}
+        found.append((texts, stats, state, logits))
+    (expected, counted, state, logits), (texts, stats, mine, behind) = found
+    assert texts == expected
+    assert stats == counted
+    np.testing.assert_allclose(behind.numpy(), logits.numpy(), atol=1e-4)
+    for part, other in zip(mine, state, strict=True):
+        for a, b in zip(part, other, strict=True):
+            np.testing.assert_allclose(a.numpy(), b.numpy(), atol=1e-4)
+
+
+@every_kind
+def test_greedy_is_plain_greedy(kind):
+    """Bytes too close to call included: a tie of three tenths leaves many of them open."""
+    lm, redone = verifier(), 0
+    for tie in (None, 0.3):
+        for prompt in (b"", b"abc the mat", b" the them"):
+            session, other = lm.session(), lm.session()
+            session.feed(prompt)
+            other.feed(prompt)
+            drafter = decoder(kind, "greedy", 7, device=True).drafter
+            fast = SpeculativeDecoder(lm, drafter, rule="greedy", draft=7, tie=tie, runner=CapturedRunner(lm.network))
+            text = b"".join(fast.generate_bytes(session, 40, context=prompt))
+            assert text == b"".join(other.generate_bytes(40, temperature=0.0))
+            assert session.position == other.position
+            redone += fast.stats.redone
+    assert redone > 0
+
+
+@every_kind
+def test_sessions_take_turns(kind):
+    """Two generations of one decoder, a byte or more each in turn: each writes what it writes alone."""
+    lm, mine = verifier(), decoder(kind, "exact", 6, device=True)
+    prompts, alone = [b"abc the", b" the mat\n"], []
+    for number, prompt in enumerate(prompts):
+        session = lm.session()
+        session.feed(prompt)
+        alone.append(b"".join(mine.generate_bytes(session, 30, Sampling(seed=number), context=prompt)))
+    running = []
+    for number, prompt in enumerate(prompts):
+        session = lm.session()
+        session.feed(prompt)
+        running.append(mine.generate_bytes(session, 30, Sampling(seed=number), context=prompt))
+    texts = [b"", b""]
+    for _ in range(30):
+        texts = [text + next(generation, b"") for text, generation in zip(texts, running, strict=True)]
+    assert texts == alone
+
+
+@pytest.mark.parametrize("kind", ["near", "subwords"])
+def test_a_stream_goes_on(kind):
+    """A later call on the stream of an earlier one; stopped and closed on the way."""
+    lm, sampling = verifier(), Sampling(seed=5, temperature=0.7)
+    texts = []
+    for device in (False, True):
+        mine = decoder(kind, "exact", 6, device=device)
+        session = lm.session()
+        first = mine.generate_bytes(session, 25, sampling)
+        text = b"".join(first)
+        second = mine.generate_bytes(session, 25, sampling, stream=first.stream)
+        text += next(second) + next(second)
+        second.close()
+        text += b"".join(mine.generate_bytes(session, 25, sampling, stream=second.stream))
+        texts.append((text, b"".join(session.generate_bytes(5, sampling))))
+    assert texts[0] == texts[1]
+
+
+def test_a_round_that_fails_is_undone():
+    """The session stands behind what was written before."""
+    lm, mine = verifier(), decoder("near", "exact", 6, device=True)
+    session = lm.session()
+    session.feed(b"abc")
+    generation = mine.generate_bytes(session, 60, Sampling(seed=1), context=b"abc")
+    text = next(generation) + next(generation) + next(generation)
+    rows = next(iter(mine._buffers._owners.values()))
+
+    def interrupted():
+        raise KeyboardInterrupt
+
+    rows._verifier.verdicts = interrupted
+    with pytest.raises(KeyboardInterrupt):
+        next(generation)
+    other = lm.session()
+    other.feed(b"abc" + text)
+    assert session.position == other.position
+    np.testing.assert_allclose(session.logits, other.logits, atol=1e-4)
+
+
+def test_a_broken_verifier_is_told():
+    lm = opinionated(SAMBA)
+    mine = decoder("near", "exact", 6, device=True, lm=lm)
+    session = lm.session()
+    generation = mine.generate_bytes(session, 60, Sampling(seed=1))
+    next(generation)
+    with torch.no_grad():
+        lm.network.head.weight.fill_(float("nan"))
+    with pytest.raises(UserError, match="weights are damaged"):
+        next(generation)
+
+
+@pytest.mark.parametrize(
+    ("name", "sampling", "rule"),
+    [
+        ("growing", Sampling(), "exact"),
+        ("samba", Sampling(repetition_penalty=2.0), "exact"),
+        ("samba", Sampling(), "top_k"),
+    ],
+    ids=["growing", "penalty", "lossy"],
+)
+def test_what_the_device_does_not_do_is_done_from_the_host(name, sampling, rule):
+    lm = opinionated(CONFIGS[name])
+    mine = SpeculativeDecoder(lm, NgramDrafter(), rule=rule, runner=CapturedRunner(lm.network))
+    *_, rows = write(mine, [b"abc"], [9], [sampling])
+    assert not isinstance(rows, DeviceRows)
+
+
+@pytest.mark.parametrize("rule", ["greedy", "exact"])
+@every_kind
+def test_adaptive_drafts_follow_from_text_and_seed(kind, rule, monkeypatch):
+    """The same text twice, alone and beside others."""
+    monkeypatch.undo()
+    mine = decoder(kind, rule, AdaptiveDraft(round=1.5, token=0.1), device=True)
+    both = decoder(kind, rule, AdaptiveDraft(round=1.5, token=0.1), device=True, rows=2)
+    prompts, each = [b"abc the mat ", b"aaaa"], [Sampling(seed=3), Sampling(seed=4)]
+    first = write(mine, prompts[:1], [60], each[:1])[0]
+    assert first == write(mine, prompts[:1], [60], each[:1])[0]
+    assert write(both, prompts, [60, 33], each)[0][0] == first[0]
+    assert mine.stats.written > mine.stats.rounds
+
+
+def test_the_best_number_of_tokens():
+    """By the formula; and it grows with what stands."""
+    rule = AdaptiveDraft(round=2.0, token=0.2, longest=8)
+    for acceptance, size in ((0.0, 1.0), (0.5, 3.0), (0.8, 3.5), (0.95, 1.0), (1.0, 4.0)):
+        rates = [
+            sum(acceptance**power for power in range(int(count * size) + 1)) / (2.0 + 0.2 * count)
+            for count in range(1, 9)
+            if (count * size).is_integer()
+        ]
+        if len(rates) == 8:
+            assert rule.tokens(acceptance, size) == rates.index(max(rates)) + 1
+    assert rule.tokens(0.3, 3.5) < rule.tokens(0.8, 3.5) < rule.tokens(0.97, 3.5) == 8
+    pace = draft_length.Pace()
+    short = pace.plan(rule, 3.5)
+    for _ in range(50):
+        pace.saw(8, 8)
+    assert pace.acceptance > 0.95 and short.tokens < pace.plan(rule, 3.5).tokens and pace.plan(rule, 3.5).bytes == 31
+    assert pace.plan(9, 1.0) == Plan(9, 9)
+    with pytest.raises(UserError, match="prices must be above 0"):
+        AdaptiveDraft(round=0.0)
