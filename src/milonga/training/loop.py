@@ -58,7 +58,11 @@ def train(
         run = open_run(config, Path(out), where, resume=resume, progress=report)
         training = config.training
         with MetricsLog(run.folder, run.position.step, tensorboard=training.tensorboard) as metrics:
-            return _Loop(run, metrics, report).finish()
+            loop = _Loop(run, metrics, report)
+            try:
+                return loop.finish()
+            finally:
+                loop.close()
 
 
 @contextmanager
@@ -103,6 +107,11 @@ class _Loop:
             if self.checkpoint is None:
                 self._save()
         return self._result()
+
+    def close(self) -> None:
+        """Give a graph's memory back, and let go of the callback that holds this loop."""
+        self.gradient.release()
+        self.gradient = CapturedGradient(False)
 
     def _step(self) -> None:
         run, training, step = self.run, self.training, self.position.step
