@@ -11,7 +11,8 @@ from torch import nn
 from milonga.bench import bench_train, peers, train
 from milonga.bench.demands import TRAIN
 from milonga.bench.models import training_shape, training_shapes
-from milonga.bench.train import TrainRow, counted_flops, figures_of
+from milonga.bench.train import counted_flops
+from milonga.bench.train_rows import TrainRow, figures_of, table
 from milonga.models.accounting import flops_per_token
 
 CPU = torch.device("cpu")
@@ -109,3 +110,17 @@ def test_a_peer_is_trained_and_compared(monkeypatch):
     assert other["loss"] > 0
     assert result.figures[-1].what.endswith("against bigram")
     assert result.figures[-1].measured == pytest.approx(ours["tokens_per_second"] / other["tokens_per_second"])
+
+
+def test_a_row_says_how_kernels_were_launched_and_what_memory_was_held():
+    row = trained("samba-421m", 160_000, 30.0)
+    shown = table([replace(row, captured=True, compiled=False), row, replace(row, compiled=False)], "training").rows
+    assert [cells[1] for cells in shown] == ["milonga, captured", "milonga, compiled", "milonga, launched"]
+    assert shown[0][-1] == "30.0 of 30.0 GiB"
+
+
+def test_on_a_cpu_nothing_is_captured():
+    for capture in (True, False):
+        result = bench_train([TINY], CPU, "fp32", compile_=False, capture=capture, budget=0, peers=False)
+        assert result.rows[0]["captured"] is False
+        assert result.settings["capture"] is capture

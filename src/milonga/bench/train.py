@@ -260,8 +260,8 @@ def bench_train(
     )
     if device.type == "cuda":
         notes.append(
-            "passes: captured (replayed as a CUDA graph), launched (each kernel from Python) or compiled; memory: the "
-            "most that tensors took at once, those inside a graph included; reserved: what PyTorch held for them"
+            "captured: both passes replayed as a CUDA graph; launched: each kernel from Python; memory: the most that "
+            "tensors took at once, those inside a graph included, of the most that PyTorch held for them"
         )
     return BenchResult(
         "train",

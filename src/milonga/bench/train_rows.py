@@ -42,6 +42,11 @@ class TrainRow:
         return self.shape.batch * self.shape.length
 
     @property
+    def passes(self) -> str:
+        """How the kernels of both passes are launched."""
+        return "captured" if self.captured else "compiled" if self.compiled else "launched"
+
+    @property
     def rate(self) -> float:
         """Tokens a second."""
         return self.tokens / self.seconds
@@ -98,8 +103,10 @@ def figures_of(rows: Sequence[TrainRow], gpu: str | None) -> list[Figure]:
     return made
 
 
-def _gib(count: int | None) -> str:
-    return "-" if count is None else f"{count / _GIB:.1f} GiB"
+def _memory(row: TrainRow) -> str:
+    if row.peak_bytes is None or row.reserved_bytes is None:
+        return "-"
+    return f"{row.peak_bytes / _GIB:.1f} of {row.reserved_bytes / _GIB:.1f} GiB"
 
 
 def table(rows: Sequence[TrainRow], title: str) -> Table:
@@ -107,7 +114,6 @@ def table(rows: Sequence[TrainRow], title: str) -> Table:
     headings = (
         "model",
         "who",
-        "passes",
         "batch",
         "rate",
         "step, ms",
@@ -117,7 +123,6 @@ def table(rows: Sequence[TrainRow], title: str) -> Table:
         "6ND",
         "counted",
         "memory",
-        "reserved",
     )
     shown = []
     for row in rows:
@@ -126,8 +131,7 @@ def table(rows: Sequence[TrainRow], title: str) -> Table:
         shown.append(
             (
                 f"{row.shape.name} ({row.parameters / 1e6:,.3g}M)",
-                row.who,
-                "captured" if row.captured else "compiled" if row.compiled else "launched",
+                f"{row.who}, {row.passes}" if row.who == OURS else row.who,
                 f"{row.shape.batch} x {row.shape.length}",
                 f"{row.rate:,.0f} {unit}",
                 number(row.seconds * 1e3),
@@ -136,12 +140,11 @@ def table(rows: Sequence[TrainRow], title: str) -> Table:
                 f"{row.floor / row.seconds:.0%}",
                 f"{facts['utilisation_6nd']:.0%}",
                 f"{facts['utilisation_counted']:.0%}",
-                _gib(row.peak_bytes),
-                _gib(row.reserved_bytes),
+                _memory(row),
             )
         )
     own = [index for index, row in enumerate(rows) if row.who == OURS]
-    return Table(title, headings, shown, right=(4, 5, 6, 7, 8, 9, 10, 11, 12), own=own)
+    return Table(title, headings, shown, right=(3, 4, 5, 6, 7, 8, 9, 10), own=own)
 
 
 def plots(rows: Sequence[TrainRow]) -> list[Bars]:
