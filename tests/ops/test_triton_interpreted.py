@@ -15,6 +15,7 @@ FOLDER = Path(__file__).parent
 OPS = [
     "selective_scan",
     "decode_step",
+    "mamba_piece",
     "causal_conv",
     "window_attention",
     "rms_norm",

@@ -14,31 +14,17 @@ from torch import Tensor
 
 from milonga.errors import UserError
 from milonga.inference.device_sampling import Mode, draw_on_device
+from milonga.inference.passes import decode_step, read_piece
 from milonga.inference.runner import NetworkRunner, Runner
 from milonga.layers.attention import buffer_capacity
 from milonga.layers.base import Trace
-from milonga.layers.norm import norm_of
-from milonga.models.network import Network, NetworkState, Sublayer
-from milonga.ops.decode_step import has_step_kernels, linear_step
+from milonga.models.network import Network, NetworkState
 from milonga.state import batch_size, clone, map_tensors, named_tensors, nbytes
 
 Result = TypeVar("Result")
 
 # Steps that are drawn on the device before the host looks at what was drawn.
 RUN = 64
-
-
-def decode_step(network: Network, tokens: Int[Tensor, "B 1"], state: NetworkState) -> Float[Tensor, "B V"]:
-    """One token of every row, the state advanced in place: -> logits of the next, fp32 at least."""
-    x = network.embedding(tokens)
-    for sublayer, part in zip(network.sublayers, state, strict=True):
-        assert isinstance(sublayer, Sublayer)
-        x = sublayer.layer.step_(x, part, sublayer.norm)
-    norm = norm_of(network.norm)
-    if norm is not None and has_step_kernels(x):
-        return linear_step(x[:, 0], network.head.weight, norm=norm, dtype=torch.float32)
-    logits = network.head(network.norm(x)[:, 0])
-    return logits.float() if logits.element_size() < 4 else logits
 
 
 class Replay(Generic[Result]):
@@ -296,9 +282,7 @@ class CapturedRunner:
             mine = self._states[index]
 
             def work() -> tuple[Tensor, tuple[Trace, ...]]:
-                output = self.network(buffer, mine, logits="all", traced=True)
-                assert output.logits is not None and output.trace is not None
-                return output.logits, output.trace
+                return read_piece(self.network, buffer, mine)
 
             self._verify[index, length] = Replay(work, self.device)
         self._last = index, length
@@ -389,4 +373,14 @@ def runner_for(network: Network, rows: int = 1) -> Runner:
     return NetworkRunner(network)
 
 
-__all__ = ["RUN", "CapturedRunner", "Decoder", "Replay", "copy_state", "decode_step", "grows", "runner_for"]
+__all__ = [
+    "RUN",
+    "CapturedRunner",
+    "Decoder",
+    "Replay",
+    "copy_state",
+    "decode_step",
+    "grows",
+    "read_piece",
+    "runner_for",
+]

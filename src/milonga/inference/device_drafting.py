@@ -13,8 +13,9 @@ from jaxtyping import Float, Float64, Int
 from torch import Tensor
 
 from milonga.inference.acceptance import LANE_DRAFT, LANE_END
-from milonga.inference.captured import Replay, copy_state, decode_step
+from milonga.inference.captured import Replay, copy_state
 from milonga.inference.model_drafter import ModelDrafter, ModelStream, draw_ranks
+from milonga.inference.passes import decode_step, read_piece
 from milonga.inference.sampling import Uniforms
 from milonga.layers.base import Trace
 from milonga.models.network import NetworkState
@@ -274,22 +275,21 @@ class DeviceDrafter:
         """Read the last tokens again, decide whether the last of them goes on, and draw the first token."""
         mail = self._mail.device
         length, (last, lo, longer, hi, shown) = mail["length"][:, 0], mail["last"].unbind(1)
-        output = self._network(mail["tail"][:, :width].contiguous(), self._base, logits="all", traced=True)
-        assert output.logits is not None and output.trace is not None
-        behind = torch.cat([self._behind[:, None], output.logits.to(self._behind.dtype)], 1)
+        logits, trace = read_piece(self._network, mail["tail"][:, :width].contiguous(), self._base)
+        behind = torch.cat([self._behind[:, None], logits.to(self._behind.dtype)], 1)
         before = behind[self._rows, (length - 1).clamp_min(0)]
         ranks, empty, _ = self._draw_ranks(before, lo, hi, mail["end"][:, 0])
         goes_on = (longer < hi) & ~empty & (self._tables.order[ranks] != last)
         keep = length - goes_on.long()
         copy_state(self._moving, self._base)
-        self._network.commit_(self._moving, output.trace, keep)
+        self._network.commit_(self._moving, trace, keep)
         self._drawn.zero_()
         self.drafted.count.zero_()
         self._live.copy_(mail["limit"][:, 0] > 0)
         none, all_ = torch.zeros_like(hi), torch.full_like(hi, self._tables.size)
         bounds = torch.where(goes_on, longer, none), torch.where(goes_on, hi, all_)
         self._draw(behind[self._rows, keep], *bounds, torch.where(goes_on, shown, none))
-        return behind, output.trace
+        return behind, trace
 
     def _step_on(self) -> None:
         """Feed the token drawn last, and draw the next."""

@@ -16,6 +16,7 @@ from milonga.inference.acceptance import LANE_ACCEPT
 from milonga.inference.captured import Replay, copy_state
 from milonga.inference.device_drafting import Mailbox, preserving, tensors_of
 from milonga.inference.device_sampling import Mode, pick_on_device, weights_on_device
+from milonga.inference.passes import read_piece
 from milonga.inference.sampling import Sampler, Uniforms
 from milonga.layers.base import Trace
 from milonga.models.network import Network, NetworkState
@@ -225,18 +226,17 @@ class DeviceVerifier:
         def work() -> tuple[Trace, ...]:
             copy_state(self._before, self.state)
             fed = torch.cat([mail["last"], text], 1)
-            output = self.network(fed, self.state, logits="all", traced=True)
-            assert output.logits is not None and output.trace is not None
+            logits, trace = read_piece(self.network, fed, self.state)
             count = self._count.clamp_max(length - 1)
-            accepted, own, undecided = self._decide(output.logits, text, count, mode)
+            accepted, own, undecided = self._decide(logits, text, count, mode)
             looked_at = torch.arange(length, device=self._device) <= accepted[:, None]
-            broken = (looked_at & ~output.logits.amax(2).isfinite()).any(1)
+            broken = (looked_at & ~logits.amax(2).isfinite()).any(1)
             moved = (accepted + 1 - undecided.long()) * mail["active"][:, 0]
             self._keep.copy_(moved)
-            self.network.commit_(self.state, output.trace, self._keep)
+            self.network.commit_(self.state, trace, self._keep)
             facts = torch.stack([accepted, own, undecided.long(), broken.long(), count], 1)
             self._result[:, : 4 + length].copy_(torch.cat([facts, text], 1))
-            return output.trace
+            return trace
 
         return work
 

@@ -23,6 +23,7 @@ from milonga.layers.norm import norm_of
 from milonga.layers.recompute import cheap
 from milonga.ops.causal_conv import causal_conv
 from milonga.ops.decode_step import has_step_kernels, linear_step, ring_write_
+from milonga.ops.mamba_piece import has_piece_kernels
 from milonga.ops.rotary import rotary
 from milonga.ops.window_attention import window_attention
 from milonga.segments import Segments, sequence_bounds, sequence_count
@@ -258,6 +259,23 @@ class Attention(Layer):
         )
         ring_write_(k[:, 0], v[:, 0], state.k, state.v, state.position)
         return linear_step(y.reshape(x.shape[0], -1), self.out_proj.weight, residual=rows)[:, None]
+
+    def read_piece(
+        self, x: Float[Tensor, "B T D"], state: AttentionState, norm: nn.Module
+    ) -> tuple[Float[Tensor, "B T D"], AttentionTrace]:
+        """As `Layer.read_piece`; on a GPU with the products of `linear_step`."""
+        before = norm_of(norm)
+        if before is None or self.config.short_conv or not has_piece_kernels(x):
+            return super().read_piece(x, state, norm)
+        rows = x.flatten(0, 1)
+        columns = linear_step(rows, self.qkv_proj.weight, norm=before).view(*x.shape[:2], -1)
+        qk, v = columns.unflatten(2, (-1, self.width)).split([self.heads + self.groups, self.groups], dim=2)
+        q, k = self._turned(qk, state, None).split([self.heads, self.groups], dim=2)
+        y = window_attention(
+            q, k, v, window=self.config.window, past_k=state.k, past_v=state.v, position=state.position
+        )
+        out = linear_step(y.reshape(len(rows), -1), self.out_proj.weight, residual=rows)
+        return out.view(x.shape), AttentionTrace(k, v, columns, None)
 
     def resized(self, state: AttentionState, capacity: int) -> AttentionState:
         """As `Layer.resized`. No key may be lost: `capacity` is at least the largest position."""

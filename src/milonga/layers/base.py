@@ -107,6 +107,16 @@ class Layer(nn.Module):
         self.commit_(state, trace)
         return x + y
 
+    def read_piece(
+        self, x: Float[Tensor, "B T D"], state: State, norm: nn.Module
+    ) -> tuple[Float[Tensor, "B T D"], Trace]:
+        """Read a short piece of every row, the state left alone: -> (`x + self(norm(x))`, the trace).
+
+        Here as `advance`; a layer that has kernels for few steps of few rows overrides it.
+        """
+        y, trace = self.advance(norm(x), state)
+        return x + y, trace
+
     def init_state(
         self, batch: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> State:

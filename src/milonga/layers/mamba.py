@@ -14,6 +14,7 @@ from milonga.layers.norm import norm_of
 from milonga.layers.recompute import cheap, forgotten
 from milonga.ops.causal_conv import causal_conv
 from milonga.ops.decode_step import MambaWeights, ReplayInputs, has_step_kernels, mamba_replay_, mamba_step_
+from milonga.ops.mamba_piece import has_piece_kernels, mamba_piece
 from milonga.ops.mamba_step import StepResult, StepWeights, StoredWeight, has_step, mamba_step, prepare_step
 from milonga.ops.projected_scan import projected_scan
 from milonga.ops.selective_scan import selective_scan
@@ -72,7 +73,7 @@ class MambaTrace(NamedTuple):
     """What a piece adds. The last three are what a replay of its first steps needs."""
 
     columns: Float[Tensor, "B T E"]  # inputs of the convolution
-    final: MambaState
+    final: MambaState | None  # None: to be replayed
     x: Float[Tensor, "B T E"]
     dt: Float[Tensor, "B T E"]  # before bias and softplus
     B: Float[Tensor, "B T N"]
@@ -293,7 +294,7 @@ class Mamba(Layer):
 
     def commit(self, state: MambaState | None, trace: MambaTrace, keep: Keep | None = None) -> MambaState:
         """As `Layer.commit`. With `keep`, the accepted steps are replayed from the trace, not run again."""
-        if keep is None:
+        if keep is None and trace.final is not None:
             return trace.final
         batch, time = trace.x.shape[:2]
         steps = keep_per_sequence(keep, sequence_bounds(batch, time, trace.segments).diff())
@@ -321,12 +322,24 @@ class Mamba(Layer):
         before = norm_of(norm)
         if before is None or self.inner % 16 or not has_step_kernels(x):
             return super().step_(x, state, norm)
+        return mamba_step_(x[:, 0], before, self._kernel_weights(), state.conv, state.ssm)[:, None]
+
+    def read_piece(
+        self, x: Float[Tensor, "B T D"], state: MambaState, norm: nn.Module
+    ) -> tuple[Float[Tensor, "B T D"], MambaTrace]:
+        """As `Layer.read_piece`; on a GPU the kernels of `mamba_piece`, whose trace has no final state."""
+        before = norm_of(norm)
+        if before is None or self.inner % 16 or not has_piece_kernels(x):
+            return super().read_piece(x, state, norm)
+        y, added = mamba_piece(x, before, self._kernel_weights(), state.conv, state.ssm)
+        return y, MambaTrace(added.columns, None, added.x, added.dt, added.B, None)
+
+    def _kernel_weights(self) -> MambaWeights:
         scan = self.scan
-        weights = MambaWeights(
+        return MambaWeights(
             self.in_proj.weight, self.conv_weight, self.conv_bias, self.x_proj.weight, self.dt_proj.weight,
             scan.A_log, scan.D, scan.dt_bias, self.out_proj.weight,
         )  # fmt: skip
-        return mamba_step_(x[:, 0], before, weights, state.conv, state.ssm)[:, None]
 
     def init_state(
         self, batch: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None

@@ -12,6 +12,7 @@ from milonga.layers.linear import Linear
 from milonga.layers.norm import norm_of
 from milonga.layers.recompute import cheap
 from milonga.ops.decode_step import has_step_kernels, swiglu_step
+from milonga.ops.mamba_piece import has_piece_kernels
 from milonga.ops.swiglu import swiglu
 from milonga.segments import Segments
 
@@ -73,6 +74,15 @@ class SwiGLU(Layer):
         if before is None or not has_step_kernels(x):
             return super().step_(x, state, norm)
         return swiglu_step(x[:, 0], before, self.gate_up.weight, self.down.weight)[:, None]
+
+    def read_piece(
+        self, x: Float[Tensor, "B T D"], state: NoState, norm: nn.Module
+    ) -> tuple[Float[Tensor, "B T D"], NoState]:
+        """As `Layer.read_piece`; on a GPU as so many rows of a step."""
+        before = norm_of(norm)
+        if before is None or not has_piece_kernels(x):
+            return super().read_piece(x, state, norm)
+        return swiglu_step(x.flatten(0, 1), before, self.gate_up.weight, self.down.weight).view(x.shape), NoState()
 
     def init_state(
         self, batch: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None

@@ -28,6 +28,7 @@ KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 TRITON_OPS: tuple[str, ...] = (
     "selective_scan",
     "decode_step",
+    "mamba_piece",
     "causal_conv",
     "rms_norm",
     "swiglu",
