@@ -20,6 +20,8 @@ from milonga.state import named_tensors
 
 Drawing = Literal["none", "greedy", "plain", "sorted", "host"]
 
+PREFILL_TOKENS = 131072  # of all rows of a piece, on a GPU
+
 
 @dataclass(frozen=True)
 class DecodeTime:
@@ -295,7 +297,8 @@ def measure_prefill(
 ) -> PrefillTime:
     """Time reading `batch` prompts of `length` random tokens, in pieces of `piece` tokens of each row.
 
-    Memory is bounded by the piece; by default all rows of a piece have 8192 tokens together, on a CPU 256.
+    Memory is bounded by the piece; by default all rows of a piece have 131072 tokens together, on a CPU 256. A piece
+    with all of a prompt lets full attention read keys that lie together, as its fastest kernels want them.
 
     Raises:
         UserError: if a number is below 1.
@@ -304,7 +307,7 @@ def measure_prefill(
         raise UserError("prefill: length, batch, piece and repeats must be at least 1")
     network = config if isinstance(config, Network) else random_network(config, device, dtype)
     where = network.embedding.weight.device
-    size = min(length, piece or max(1, (8192 if where.type == "cuda" else 256) // batch))
+    size = min(length, piece or max(1, (PREFILL_TOKENS if where.type == "cuda" else 256) // batch))
     tokens = torch.randint(network.config.vocab_size, (batch, length), device=where)
 
     @torch.inference_mode()

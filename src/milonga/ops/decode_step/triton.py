@@ -20,7 +20,8 @@ class Tile(NamedTuple):
     """How a program walks its share of a weight.
 
     Features a program; groups of warps that share the sum, and the width each takes at a turn; turns whose weights are
-    read before the input is there; warps; turns whose loads are in flight together after that.
+    read before the input is there; warps; turns whose loads are in flight together after that; turns of those before
+    whose inputs are read together.
     """
 
     features: int
@@ -29,6 +30,7 @@ class Tile(NamedTuple):
     held: int
     warps: int
     stages: int
+    ahead: int = 1
 
 
 _NARROW = Tile(16, 4, 64, 2, 4, 2)  # of that narrow product
@@ -55,9 +57,9 @@ def tile(features: int, width: int, element: int, *, gated: bool = False) -> Til
         return Tile(16, 2, 32, 0, 4, 2)
     if gated:
         return Tile(16, 4, 64, 2, 4, 3)
-    if features >= 4096:  # the input is read by half as many programs
-        return Tile(32, 4, 64, 4, 8, 3)
-    return Tile(16, 8, 64, 7, 8, 2) if width % 512 == 0 else Tile(16, 4, 64, 4, 4, 3)
+    if features >= 4096:
+        return Tile(16, 4, 64, 6, 4, 2)
+    return Tile(16, 8, 64, 7, 8, 2, 2) if width % 512 == 0 else Tile(16, 4, 64, 4, 4, 3)
 
 
 def _power(n: int) -> int:
@@ -81,6 +83,7 @@ def _product(
     residual: Tensor | None = None,
     conv: tuple[Tensor, Tensor, Tensor] | None = None,
     gated: bool = False,
+    early: bool = True,
 ) -> None:
     """Launch `skinny`."""
     batch, width = x.shape
@@ -95,9 +98,11 @@ def _product(
     triton_kernels.skinny[grid](
         x, weight, x if residual is None else residual, out, conv_weight, conv_bias, conv_state,
         batch, features, width, span, x.stride(0), FB=shape.features, KB=shape.width, G=shape.groups, BB=rows,
-        HELD=min(shape.held, pieces), PIECES=pieces, W=conv_weight.shape[1] if conv else 1, GATED=gated,
-        CONV=conv is not None, RESIDUAL=residual is not None, SPLIT=splits > 1,
-        EVEN=span % turn == 0 and width % span == 0, num_warps=shape.warps, num_stages=shape.stages, **_pdl(x),
+        HELD=min(shape.held, pieces), AHEAD=max(1, min(shape.ahead, shape.held, pieces)), PIECES=pieces,
+        W=conv_weight.shape[1] if conv else 1, GATED=gated, CONV=conv is not None, RESIDUAL=residual is not None,
+        SPLIT=splits > 1,
+        EVEN=span % turn == 0 and width % span == 0, EARLY=early, num_warps=shape.warps, num_stages=shape.stages,
+        **_pdl(x),
     )  # fmt: skip
 
 
@@ -146,7 +151,7 @@ def mamba_step_(x: Tensor, norm: Norm, weights: MambaWeights, conv: Tensor, ssm:
     span = turn * _share(-(-inner // turn))
     splits = -(-inner // span)
     low = torch.empty(splits, batch, wide, dtype=torch.float32, device=device)
-    _product(xz[:, :inner], weights.x_proj, low, wide, shape, span=span)
+    _product(xz[:, :inner], weights.x_proj, low, wide, shape, span=span, early=False)
     y = torch.empty(batch, inner, dtype=x.dtype, device=device)
     padded = _power(states)
     rows = 1 if batch < _ROWS else max(1, min(_ROWS, 64 // padded))

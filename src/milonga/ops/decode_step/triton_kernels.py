@@ -2,8 +2,9 @@
 
 A step is a chain of short kernels, each waiting for the one before. With PDL (programmatic dependent launch) a kernel
 is already resident while the one before it runs: it reads the first weights that it will need, which depend on nothing,
-and only then waits for its input. Every kernel lets its successor start at once, and touches memory
-that others write only after `gdc_wait`, which returns when the kernel before is complete, and so all before that.
+and only then waits for its input. A kernel lets its successor start at once, and touches memory that others write only
+after `gdc_wait`, which returns when the kernel before is complete, and so all before that. One exception: the narrow
+product lets its successor, the recurrence, start after its own wait; so that one reads its state before it waits.
 
 Letters: B rows, F features, K the width that a product sums over, E inner width, N states, R rank of dt, W conv width.
 """
@@ -71,36 +72,52 @@ def inputs_at(x, x_step, b, B, at, last, EVEN: tl.constexpr):
 
 @triton.jit
 def product(
-    held, x, x_step, weight, B, K, f, b, features, at, last, step,
-    HELD: tl.constexpr, PIECES: tl.constexpr, EVEN: tl.constexpr,
+    held, gate, x, x_step, weight, second, B, K, f, b, features, at, last, step,
+    HELD: tl.constexpr, AHEAD: tl.constexpr, PIECES: tl.constexpr, GATED: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
-    """Rows f of the weight times the rows b of x, over `at`, `at + step`, ...: -> `[f, b]`, fp32.
+    """Rows f of the weight (with GATED of the second weight too) times the rows b of x, over `at`, `at + step`, ...
 
-    The sum is taken in G parts, one for each group of warps, and these are added at the end.
+    -> (`[f, b]`, `[f, b]` of the second weight), fp32. A sum is taken in G parts, one for each group of warps, and they
+    are added at the end. The inputs of AHEAD pieces are asked for together: a product waits for its operands to go
+    through shared memory, and one request after the other would cost the latency of the L2 cache each.
     """
     acc = tl.zeros([at.shape[0], f.shape[0], b.shape[0]], tl.float32)
-    for j in tl.static_range(HELD):
-        v = inputs_at(x, x_step, b, B, at + j * step, last, EVEN)
-        acc = tl.dot(held[j], v, acc, input_precision="ieee")
+    up = acc
+    for j in tl.static_range(0, HELD, AHEAD):
+        inputs = ()
+        for i in tl.static_range(AHEAD):
+            if j + i < HELD:
+                inputs = inputs + (inputs_at(x, x_step, b, B, at + (j + i) * step, last, EVEN),)
+        for i in tl.static_range(AHEAD):
+            if j + i < HELD:
+                acc = tl.dot(held[j + i], inputs[i], acc, input_precision="ieee")
+                if GATED:
+                    up = tl.dot(gate[j + i], inputs[i], up, input_precision="ieee")
     for j in range(HELD, PIECES):
         w = weights_at(weight, K, f, features, at + j * step, last, EVEN)
         v = inputs_at(x, x_step, b, B, at + j * step, last, EVEN)
         acc = tl.dot(w, v, acc, input_precision="ieee")
-    return tl.sum(acc, 0)
+        if GATED:
+            w = weights_at(second, K, f, features, at + j * step, last, EVEN)
+            up = tl.dot(w, v, up, input_precision="ieee")
+    return tl.sum(acc, 0), tl.sum(up, 0)
 
 
 @triton.jit(do_not_specialize=["B"])
 def skinny(
     x, weight, residual, out, conv_weight, conv_bias, conv_state, B, F, K, span, x_step,
-    FB: tl.constexpr, KB: tl.constexpr, G: tl.constexpr, BB: tl.constexpr, HELD: tl.constexpr, PIECES: tl.constexpr,
-    W: tl.constexpr, GATED: tl.constexpr, CONV: tl.constexpr, RESIDUAL: tl.constexpr, SPLIT: tl.constexpr,
-    EVEN: tl.constexpr, PDL: tl.constexpr,
+    FB: tl.constexpr, KB: tl.constexpr, G: tl.constexpr, BB: tl.constexpr, HELD: tl.constexpr, AHEAD: tl.constexpr,
+    PIECES: tl.constexpr, W: tl.constexpr, GATED: tl.constexpr, CONV: tl.constexpr, RESIDUAL: tl.constexpr,
+    SPLIT: tl.constexpr, EVEN: tl.constexpr, EARLY: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """`x [B K] @ weight [F K]^T`, a tile of FB features a program; `span` of K where the sum is SPLIT over programs.
 
     RESIDUAL adds `residual [B F]`. GATED reads weight `[2F K]` and writes `silu(first) * second`. CONV takes the first
     half of F through one step of a causal convolution with SiLU and moves `conv_state [B W-1 F/2]` on; the second half
     is written as it is. SPLIT writes fp32 partial sums `[splits B F]`.
+
+    Without EARLY the next kernel starts only when the one before this is complete, and may read what that one and all
+    before it wrote without a wait of its own.
     """
     f = tl.program_id(0) * FB + tl.arange(0, FB)
     first = tl.program_id(1) * span
@@ -113,13 +130,17 @@ def skinny(
     if GATED:
         gate = hold(second, K, f, F, columns, last, G * KB, HELD, EVEN)
     if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
+        if EARLY:
+            tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
-    acc = product(held, x, x_step, weight, B, K, f, b, F, columns, last, G * KB, HELD, PIECES, EVEN)
+        if not EARLY:
+            tl.extra.cuda.gdc_launch_dependents()
+    acc, up = product(
+        held, gate, x, x_step, weight, second, B, K, f, b, F, columns, last, G * KB, HELD, AHEAD, PIECES, GATED, EVEN
+    )  # fmt: skip
     live = (f < F)[:, None] & (b < B)[None, :]
     at = b.to(tl.int64)[None, :] * F + f[:, None]
     if GATED:
-        up = product(gate, x, x_step, second, B, K, f, b, F, columns, last, G * KB, HELD, PIECES, EVEN)
         dtype = x.dtype.element_ty
         acc = silu(acc.to(dtype).to(tl.float32)) * up.to(dtype).to(tl.float32)
     if CONV:
@@ -168,18 +189,19 @@ def ssm_step(
     a = -tl.exp2(tl.load(A_log + tile, mask=here, other=0.0) * LOG2_E) * LOG2_E
     bias = tl.load(dt_bias + e, mask=live, other=0.0)
     skip = tl.load(D + e, mask=live, other=0.0)
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
     wide = R + 2 * STATES
     first = (tl.program_id(1) * BB).to(tl.int64)
     b = first + i
     rows = b < B
     states = state + b[:, None, None] * E * STATES + tile[None, :, :]
-    h = tl.load(states, mask=rows[:, None, None] & here[None, :, :], other=0.0)
     both = rows[:, None] & live[None, :]
-    u = tl.load(xz + b[:, None] * 2 * E + e[None, :], mask=both, other=0.0).to(tl.float32)
-    z = tl.load(xz + b[:, None] * 2 * E + E + e[None, :], mask=both, other=0.0).to(tl.float32)
+    # written by the kernel before the last or earlier, and that is complete: see EARLY; not by way of an old L1 line
+    h = tl.load(states, mask=rows[:, None, None] & here[None, :, :], other=0.0, cache_modifier=".cg")
+    u = tl.load(xz + b[:, None] * 2 * E + e[None, :], mask=both, other=0.0, cache_modifier=".cg").to(tl.float32)
+    z = tl.load(xz + b[:, None] * 2 * E + E + e[None, :], mask=both, other=0.0, cache_modifier=".cg").to(tl.float32)
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     into = tl.zeros([BB, N], tl.float32)
     outof = tl.zeros([BB, N], tl.float32)
     some = rows[:, None] & (n < STATES)[None, :]
