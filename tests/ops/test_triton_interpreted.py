@@ -16,6 +16,7 @@ OPS = [
     "selective_scan",
     "decode_step",
     "mamba_piece",
+    "speculation",
     "causal_conv",
     "window_attention",
     "rms_norm",

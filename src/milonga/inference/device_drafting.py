@@ -5,20 +5,19 @@ beforehand how many tokens are drawn, sends one array and launches; nothing is r
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float, Float64, Int
 from torch import Tensor
 
 from milonga.inference.acceptance import LANE_DRAFT, LANE_END
 from milonga.inference.captured import Replay, copy_state
-from milonga.inference.model_drafter import ModelDrafter, ModelStream, draw_ranks
+from milonga.inference.model_drafter import ModelDrafter, ModelStream
 from milonga.inference.passes import decode_step, read_piece
 from milonga.inference.sampling import Uniforms
 from milonga.layers.base import Trace
 from milonga.models.network import NetworkState
+from milonga.ops.speculation import Draft, DraftInputs, Vocabulary, begin_draft_, draw_token_
 from milonga.state import named_tensors
 
 _PAD = 4  # tokens that are read again are padded to a multiple of so many
@@ -73,50 +72,25 @@ def tensors_of(state: NetworkState) -> list[Tensor]:
     return [tensor for _, tensor in named_tensors(state) if tensor.numel()]
 
 
-class VocabularyTables:
-    """A vocabulary sorted by bytes, as tensors: what bytes a token has, and what could have come at each of them.
-
-    Args:
-        drafter: whose vocabulary it is.
-
-    Attributes:
-        order: int64 `[V]`, ids by place.
-        lengths: int64 `[V]`, bytes of the token at each place.
-        text: int64 `[V longest]`, its bytes.
-        node: int64 `[V longest]`: for each of its bytes a row of `bounds`.
-        bounds: int32 `[N 257]`: `bounds[n, b]..bounds[n, b + 1]` are the places of the tokens that go on with byte b.
-    """
-
-    def __init__(self, drafter: ModelDrafter):
-        vocabulary, device = drafter.vocabulary, drafter.model.device
-        tokens = [drafter.tokens[token] for token in vocabulary.order.tolist()]
-        text = np.zeros((len(tokens), vocabulary.longest), np.int64)
-        node = np.zeros_like(text)
-        numbers: dict[bytes, int] = {}
-        bounds: list[np.ndarray] = []
-        for place, token in enumerate(tokens):
-            text[place, : len(token)] = np.frombuffer(token, np.uint8)
-            for depth in range(len(token)):
-                prefix = token[:depth]
-                if prefix not in numbers:
-                    numbers[prefix] = len(bounds)
-                    bounds.append(vocabulary.bounds(*vocabulary.range(prefix), depth)[1:].astype(np.int32))
-                node[place, depth] = numbers[prefix]
-        self.size, self.longest = len(tokens), vocabulary.longest
-        self.order = drafter.order
-        self.lengths = torch.tensor([len(token) for token in tokens], device=device)
-        self.text, self.node = torch.from_numpy(text).to(device), torch.from_numpy(node).to(device)
-        self.bounds = torch.from_numpy(np.stack(bounds)).to(device)
-
-
-class DraftedBytes(NamedTuple):
-    """Drafts on the device, always at the same place. Column L of the first three is never read."""
-
-    text: Int[Tensor, "B L+1"]
-    node: Int[Tensor, "B L+1"]  # of every byte, see `VocabularyTables`
-    step: Int[Tensor, "B L+1"]  # and which of the drawn tokens it belongs to
-    count: Int[Tensor, " B"]
-    sums: Float64[Tensor, "M B V+1"]  # running sums that each token was drawn from
+def vocabulary_of(drafter: ModelDrafter) -> Vocabulary:
+    """The drafter's vocabulary, on its device."""
+    vocabulary, device = drafter.vocabulary, drafter.model.device
+    tokens = [drafter.tokens[token] for token in vocabulary.order.tolist()]
+    text = np.zeros((len(tokens), vocabulary.longest), np.int64)
+    node = np.zeros_like(text)
+    numbers: dict[bytes, int] = {}
+    bounds: list[np.ndarray] = []
+    for place, token in enumerate(tokens):
+        text[place, : len(token)] = np.frombuffer(token, np.uint8)
+        for depth in range(len(token)):
+            prefix = token[:depth]
+            if prefix not in numbers:
+                numbers[prefix] = len(bounds)
+                bounds.append(vocabulary.bounds(*vocabulary.range(prefix), depth)[1:].astype(np.int32))
+            node[place, depth] = numbers[prefix]
+    lengths = np.array([len(token) for token in tokens], np.int64)
+    tables = (torch.from_numpy(table).to(device) for table in (lengths, text, node, np.stack(bounds)))
+    return Vocabulary(drafter.order, *tables)
 
 
 class DeviceDrafter:
@@ -124,6 +98,7 @@ class DeviceDrafter:
 
     Args:
         drafter: its network's state must not grow.
+        vocabulary: `vocabulary_of` it.
         rows: B.
         limit: L, bytes of a draft at most.
         tokens: M, tokens of a draft at most.
@@ -135,24 +110,25 @@ class DeviceDrafter:
 
     @torch.inference_mode(False)
     @torch.no_grad()
-    def __init__(
-        self, drafter: ModelDrafter, tables: VocabularyTables, rows: int, limit: int, tokens: int, greedy: bool
-    ):
+    def __init__(self, drafter: ModelDrafter, vocabulary: Vocabulary, rows: int, limit: int, tokens: int, greedy: bool):
         network, device = drafter.model.network, drafter.model.device
-        self._drafter, self._network, self._tables, self._device = drafter, network, tables, device
+        self._drafter, self._network, self._vocabulary, self._device = drafter, network, vocabulary, device
         self.rows, self.limit, self.tokens, self.greedy = rows, limit, tokens, greedy
-        self._tail = _TAIL + limit
-        integers = {"tail": self._tail, "length": 1, "settled": 1, "limit": 1, "tokens": 1, "last": 5}
+        self._tail, size = _TAIL + limit, len(vocabulary.order)
+        integers = {"tail": self._tail, "length": 1, "last": 5, "limit": 1, "tokens": 1, "settled": 1}
         self._mail = Mailbox(rows, integers, {"dice": limit + 1, "end": 1, "temperature": 1}, device)
+        mail = self._mail.device
+        self._inputs = DraftInputs(*(mail[name] for name in DraftInputs._fields))
         self._base, self._moving = network.init_state(rows), network.init_state(rows)
-        self._behind = torch.zeros(rows, tables.size, dtype=self._wide(), device=device)
-        self._next = torch.zeros(rows, 1, dtype=torch.int64, device=device)
-        self._live = torch.zeros(rows, dtype=torch.bool, device=device)
-        self._drawn = torch.zeros(1, dtype=torch.int64, device=device)
-        self._rows = torch.arange(rows, device=device)
+        self._behind = torch.zeros(rows, size, dtype=self._wide(), device=device)
         whole = torch.zeros(rows, limit + 1, dtype=torch.int64, device=device)
-        sums = torch.zeros(0 if greedy else tokens, rows, tables.size + 1, dtype=torch.float64, device=device)
-        self.drafted = DraftedBytes(whole, whole.clone(), whole.clone(), torch.zeros_like(whole[:, 0]), sums)
+        number = whole[:, 0].contiguous()
+        sums = torch.zeros(0 if greedy else tokens, rows, size + 1, dtype=torch.float64, device=device)
+        numbers = [number.clone() for _ in range(5)]  # no two fields share memory
+        self.drafted = Draft(
+            whole, whole.clone(), whole.clone(), *numbers[:3], number.clone()[:, None], numbers[3],
+            torch.zeros(rows, 3, dtype=torch.int64, device=device), sums,
+        )  # fmt: skip
         self._read: dict[int, Replay[tuple[Tensor, tuple[Trace, ...]]]] = {}
         self._settle: dict[int, Replay[None]] = {}
         self._step: Replay[None] | None = None
@@ -236,7 +212,8 @@ class DeviceDrafter:
 
         def work() -> None:
             self._network.commit_(self._base, trace, counts)
-            self._behind.copy_(behind[self._rows, counts])
+            index = counts[:, None, None].expand(-1, 1, behind.shape[2])
+            self._behind.copy_(behind.gather(1, index)[:, 0])
 
         if self._device.type == "cuda":
             if width not in self._settle:
@@ -263,74 +240,22 @@ class DeviceDrafter:
 
     def _stepping(self) -> Replay[None]:
         if self._step is None:
-            changed = [self._next, self._live, self._drawn, *self.drafted[:4]]
-            self._step = Replay(
-                self._step_on,
-                self._device,
-                preserving(self._step_on, lambda: [*tensors_of(self._moving), *changed, self.drafted.sums]),
-            )
+            changed = [*tensors_of(self._moving), *self.drafted]
+            self._step = Replay(self._step_on, self._device, preserving(self._step_on, lambda: changed))
         return self._step
 
     def _read_tails(self, width: int) -> tuple[Tensor, tuple[Trace, ...]]:
         """Read the last tokens again, decide whether the last of them goes on, and draw the first token."""
-        mail = self._mail.device
-        length, (last, lo, longer, hi, shown) = mail["length"][:, 0], mail["last"].unbind(1)
-        logits, trace = read_piece(self._network, mail["tail"][:, :width].contiguous(), self._base)
+        tail = self._mail.device["tail"][:, :width].contiguous()
+        logits, trace = read_piece(self._network, tail, self._base)
         behind = torch.cat([self._behind[:, None], logits.to(self._behind.dtype)], 1)
-        before = behind[self._rows, (length - 1).clamp_min(0)]
-        ranks, empty, _ = self._draw_ranks(before, lo, hi, mail["end"][:, 0])
-        goes_on = (longer < hi) & ~empty & (self._tables.order[ranks] != last)
-        keep = length - goes_on.long()
+        begin_draft_(behind, self._inputs, self._vocabulary, self.drafted, self.greedy)
         copy_state(self._moving, self._base)
-        self._network.commit_(self._moving, trace, keep)
-        self._drawn.zero_()
-        self.drafted.count.zero_()
-        self._live.copy_(mail["limit"][:, 0] > 0)
-        none, all_ = torch.zeros_like(hi), torch.full_like(hi, self._tables.size)
-        bounds = torch.where(goes_on, longer, none), torch.where(goes_on, hi, all_)
-        self._draw(behind[self._rows, keep], *bounds, torch.where(goes_on, shown, none))
+        self._network.commit_(self._moving, trace, self.drafted.keep)
+        draw_token_(behind, self._inputs, self._vocabulary, self.drafted, True, self.greedy)
         return behind, trace
 
     def _step_on(self) -> None:
         """Feed the token drawn last, and draw the next."""
-        logits = decode_step(self._network, self._next, self._moving)
-        none = torch.zeros_like(self.drafted.count)
-        self._draw(logits, none, none + self._tables.size, none)
-
-    def _draw_ranks(
-        self, logits: Float[Tensor, "B V"], lo: Tensor, hi: Tensor, uniform: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        temperature = None if self.greedy else self._mail.device["temperature"][:, 0]
-        ordered = logits.index_select(1, self._tables.order)
-        return draw_ranks(ordered, torch.stack([lo, hi], 1), temperature, uniform)
-
-    def _draw(self, logits: Float[Tensor, "B V"], lo: Tensor, hi: Tensor, shown: Tensor) -> None:
-        """Draw a token of each row between two places, and write down those of its bytes that do not stand yet."""
-        mail, tables, drafted = self._mail.device, self._tables, self.drafted
-        limit, count = mail["limit"][:, 0], drafted.count
-        uniform = mail["dice"].gather(1, count[:, None])[:, 0]
-        ranks, empty, total = self._draw_ranks(logits, lo, hi, uniform)
-        if total is not None:
-            drafted.sums.index_copy_(0, self._drawn, total[None])
-        live, lengths = self._live & ~empty, tables.lengths[ranks]
-        index = torch.arange(tables.longest, device=self._device)
-        place = count[:, None] + index - shown[:, None]
-        shows = live[:, None] & (index >= shown[:, None]) & (index < lengths[:, None]) & (place < limit[:, None])
-        place = torch.where(shows, place, self.limit)
-        drafted.text.scatter_(1, place, tables.text[ranks])
-        drafted.node.scatter_(1, place, tables.node[ranks])
-        drafted.step.scatter_(1, place, self._drawn.expand_as(place))
-        count.copy_(torch.where(live, torch.minimum(count + lengths - shown, limit), count))
-        self._next[:, 0].copy_(tables.order[ranks].masked_fill(empty, 0))
-        self._drawn.add_(1)
-        self._live.copy_(live & (count < limit) & (self._drawn < mail["tokens"][:, 0]))
-
-    def conditionals(self, length: int) -> tuple[Float64[Tensor, "B L"], Float64[Tensor, "B L 256"]]:
-        """q of the first `length` drafted bytes of each row, and of all 256 bytes at their places; what lies behind the
-        draft is arbitrary."""
-        drafted, tables = self.drafted, self._tables
-        bounds = tables.bounds[drafted.node[:, :length]].long()
-        first = (drafted.step[:, :length] * self.rows + self._rows[:, None]) * (tables.size + 1)
-        sums = drafted.sums.flatten()[first[..., None] + bounds]
-        shares = sums.diff(dim=-1) / (sums[..., -1:] - sums[..., :1])
-        return shares.gather(2, drafted.text[:, :length, None])[..., 0], shares
+        logits = decode_step(self._network, self.drafted.next, self._moving)
+        draw_token_(logits[:, None], self._inputs, self._vocabulary, self.drafted, False, self.greedy)

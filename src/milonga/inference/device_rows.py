@@ -15,7 +15,7 @@ from torch import Tensor
 from milonga.errors import UserError
 from milonga.inference.acceptance import Accept, Decision
 from milonga.inference.captured import CapturedRunner, grows
-from milonga.inference.device_drafting import DeviceDrafter, VocabularyTables
+from milonga.inference.device_drafting import DeviceDrafter, vocabulary_of
 from milonga.inference.device_sampling import device_mode
 from milonga.inference.device_verification import PIECE, DeviceVerifier
 from milonga.inference.draft_length import LONGEST, DraftLength, Plan
@@ -26,6 +26,7 @@ from milonga.inference.runner import Runner
 from milonga.inference.sampling import Sampler
 from milonga.inference.speculative_rows import SpeculationStats, SpeculativeRows, Until
 from milonga.models.network import NetworkState
+from milonga.ops.speculation import Vocabulary
 from milonga.state import clone
 
 LARGEST = 1 << 28  # bytes of the tables of a vocabulary, at most
@@ -45,7 +46,7 @@ class DeviceBuffers:
 
     def __init__(self, verifier: LanguageModel, drafter: Drafter, tie: float):
         self._verifier, self._drafter, self._tie = verifier, drafter, tie
-        self._tables: VocabularyTables | None = None
+        self._vocabulary: Vocabulary | None = None
         self._made: dict[tuple[int, int, bool], tuple[DeviceVerifier, DeviceDrafter | None]] = {}
         self._owners: dict[tuple[int, int, bool], "DeviceRows"] = {}
 
@@ -84,13 +85,10 @@ class DeviceBuffers:
         network, tie = self._verifier.network, self._tie if greedy else 0.0
         if not isinstance(self._drafter, ModelDrafter):
             return DeviceVerifier(network, rows, limit, tie=tie), None
-        if self._tables is None:
-            self._tables = VocabularyTables(self._drafter)
-        drafter = DeviceDrafter(self._drafter, self._tables, rows, limit, limit, greedy)
-        drafted = drafter.drafted
-        verifier = DeviceVerifier(
-            network, rows, limit, text=drafted.text, count=drafted.count, conditionals=drafter.conditionals, tie=tie
-        )
+        if self._vocabulary is None:
+            self._vocabulary = vocabulary_of(self._drafter)
+        drafter = DeviceDrafter(self._drafter, self._vocabulary, rows, limit, limit, greedy)
+        verifier = DeviceVerifier(network, rows, limit, drafts=(drafter.drafted, self._vocabulary), tie=tie)
         return verifier, drafter
 
 

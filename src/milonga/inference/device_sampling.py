@@ -8,6 +8,7 @@ from jaxtyping import Float, Float64, Int
 from torch import Tensor
 
 from milonga.inference.sampling import Sampling
+from milonga.ops.speculation import pick
 
 Mode = Literal["greedy", "plain", "sorted"]
 
@@ -46,7 +47,7 @@ def draw_on_device(
     """
     if mode == "greedy":
         return logits.argmax(-1)
-    drawn = pick_on_device(weights_on_device(logits, temperature, top_k, top_p, mode), uniform)
+    drawn = pick(weights_on_device(logits, temperature, top_k, top_p, mode), uniform)
     return torch.where(temperature == 0, logits.argmax(-1), drawn)
 
 
@@ -74,12 +75,3 @@ def weights_on_device(
     weights = torch.where(kept, weights, 0.0)
     # back in the order of ids, in which the host sums
     return torch.zeros_like(weights).scatter(1, ids, weights)
-
-
-def pick_on_device(weights: Float64[Tensor, "B V"], uniform: Float64[Tensor, " B"]) -> Int[Tensor, " B"]:
-    """The id at which the cumulative sum passes a share `uniform` of its total; never one of weight 0."""
-    cumulative = weights.cumsum(-1)
-    total = cumulative[:, -1:]
-    index = (cumulative <= uniform[:, None] * total).sum(-1)
-    last = (cumulative < total).sum(-1)  # the first id at which the whole sum is reached
-    return torch.minimum(index, last)

@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Float64, Int
+from jaxtyping import Float, Float64, Int
 from torch import Tensor
 
 from milonga.data.byte_trie import ByteSortedVocabulary
@@ -32,6 +32,7 @@ from milonga.inference.drafters import Dice, SureDraft
 from milonga.inference.language_model import LanguageModel
 from milonga.inference.runner import NetworkRunner, Runner
 from milonga.models.network import NetworkState
+from milonga.ops.speculation import draw_ranks
 from milonga.state import clone, merge
 
 _PIECE = 256  # tokens of a prompt that are read at once
@@ -309,39 +310,6 @@ class ModelStream:
         q, start = (child_hi - child_lo) / (hi - longer), 0
         for draft in drafts:
             draft.q, start = q[start : start + len(draft.text)], start + len(draft.text)
-
-
-def draw_ranks(
-    ordered: Float[Tensor, "B V"],
-    bounds: Int[Tensor, "B 2"],
-    temperature: Float64[Tensor, " B"] | None,
-    uniform: Float64[Tensor, " B"],
-) -> tuple[Int[Tensor, " B"], Bool[Tensor, " B"], Float64[Tensor, "B V+1"] | None]:
-    """A place of the sorted vocabulary for each row, between two bounds; nothing is read back.
-
-    Args:
-        ordered: logits in the order of the sorted vocabulary.
-        bounds: `[lo, hi)` of what may be drawn.
-        temperature: of each row; None takes the likeliest.
-        uniform: from 0 to below 1.
-
-    Returns:
-        The places; where there was no mass to draw from; and the running sums that were drawn from, from 0.
-    """
-    size = ordered.shape[1]
-    if temperature is None:
-        rank = torch.arange(size, device=ordered.device)
-        outside = (rank < bounds[:, :1]) | (rank >= bounds[:, 1:])
-        return ordered.masked_fill(outside, -torch.inf).argmax(1), bounds[:, 0] >= bounds[:, 1], None
-    weights = torch.softmax(ordered.double() / temperature[:, None], 1)
-    total = torch.nn.functional.pad(weights.cumsum(1), (1, 0))
-    edges = total.gather(1, bounds)
-    targets = edges[:, :1] + uniform[:, None] * (edges[:, 1:] - edges[:, :1])
-    steps = total[:, 1:].contiguous()
-    ranks = torch.searchsorted(steps, targets, right=True)
-    # where the target was rounded up to the end: the last place with a mass
-    ranks = torch.minimum(ranks, torch.searchsorted(steps, edges[:, 1:].contiguous()))
-    return ranks[:, 0].clamp(0, size - 1), ~(edges[:, 1] > edges[:, 0]), total
 
 
 def _settled(text: bytes) -> bytes:

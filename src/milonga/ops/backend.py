@@ -29,6 +29,7 @@ TRITON_OPS: tuple[str, ...] = (
     "selective_scan",
     "decode_step",
     "mamba_piece",
+    "speculation",
     "causal_conv",
     "rms_norm",
     "swiglu",
