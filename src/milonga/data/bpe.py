@@ -155,7 +155,10 @@ class BpeCodec:
         Raises:
             UserError: as `ByteCodec.encode`.
         """
-        parts = self.cut([text_bytes(text)], _PART)
+        whole = text_bytes(text)
+        if 0 < len(whole) <= _PART:  # one part, as when a draft's last words are cut anew
+            return self._encoded(whole)
+        parts = self.cut([whole], _PART)
         return np.concatenate([np.empty(0, self.dtype), *map(self._encoded, parts)])
 
     def _encoded(self, part: bytes) -> np.ndarray:
