@@ -14,7 +14,20 @@ from milonga.models.accounting import parameter_count
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 SIZES = ["--verifier-size", "16x1", "--drafter-size", "16x1", "--vocabulary", "270", "--batch", "2", "--window", "64"]
-SIZES += ["--minutes", "0.02", "--evaluate", "256", "--prompts", "2", "--bytes", "12", "--draft", "4"]
+SIZES += [
+    "--minutes",
+    "1",
+    "--measure-seconds",
+    "57",
+    "--evaluate",
+    "256",
+    "--prompts",
+    "2",
+    "--bytes",
+    "12",
+    "--draft",
+    "4",
+]
 WORDS = "The quick brown fox jumps over the lazy dog, and the dog sleeps on. "
 PRICE = "price of a round, in plain steps"
 
