@@ -5,7 +5,7 @@
 
 FOLDER holds texts or archives whose names contain `train`, and others whose names contain `valid`. A tokenizer is
 learned, then both models are trained on the same text (bf16 on a GPU), by default stacks of Mamba and SwiGLU of 105 and
-27 million parameters, in what `--minutes` leave beside the measurement. Prompts are equally spaced pieces of the valid
+23 million parameters, in what `--minutes` leave beside the measurement. Prompts are equally spaced pieces of the valid
 texts. Rules greedy and exact (temperature 0.8) write behind each of them, beside plain decoding of the same model: on a
 GPU all are captured in CUDA graphs, and plain decoding is that which draws on the device, the fastest there is; a
 session, which draws on the host, is timed on a few prompts. How much is drafted follows from the price of a round and
@@ -252,9 +252,11 @@ def by(decoder: SpeculativeDecoder, count: int, sampling: Sampling) -> Write:
 def prices(
     lm: LanguageModel, drafter: Drafter, runner: Runner, text: bytes, step: float, given: argparse.Namespace
 ) -> AdaptiveDraft:
-    """What a round and a drafted token take, in plain steps: from rounds of one token each, and of several."""
+    """What a round and a drafted token take, in plain steps: from rounds of one token each, and of several.
+
+    In between every length is drafted once, so that nothing is compiled or captured later on."""
     seconds, several = [], 6
-    for tokens in (1, several):
+    for tokens in range(1, several + 1):
         length = AdaptiveDraft(round=1.0, token=1e-9, longest=tokens)
         decoder = SpeculativeDecoder(lm, drafter, draft=length, runner=runner)
         for count in (given.bytes // 4, given.bytes // 2):  # the first compiles and captures
@@ -262,7 +264,7 @@ def prices(
             timed(lm, [text], by(decoder, count + 2, RULES[1][1]))
         stats = decoder.stats
         seconds.append((stats.draft_seconds + stats.verify_seconds) / max(stats.rounds, 1) / step)
-    token = max((seconds[1] - seconds[0]) / (several - 1), 0.001)
+    token = max((seconds[-1] - seconds[0]) / (several - 1), 0.001)
     return AdaptiveDraft(round=round(max(seconds[0] - token, 0.1), 2), token=round(token, 3))
 
 

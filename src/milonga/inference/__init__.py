@@ -1,6 +1,7 @@
 """Reading and writing text with a trained model: language models, sessions, sampling."""
 
 from milonga.inference.batch import Batch, Event, Ticket
+from milonga.inference.draft_length import AdaptiveDraft
 from milonga.inference.drafters import NgramDrafter
 from milonga.inference.generation import Generation, Logprob
 from milonga.inference.language_model import LanguageModel, choose_device, load
@@ -13,6 +14,7 @@ from milonga.inference.speculative_rows import SpeculationStats
 from milonga.inference.store import Reuse, StateStore
 
 __all__ = [
+    "AdaptiveDraft",
     "Batch",
     "Event",
     "Generation",

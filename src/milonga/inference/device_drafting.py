@@ -20,7 +20,7 @@ from milonga.models.network import NetworkState
 from milonga.ops.speculation import Draft, DraftInputs, Vocabulary, begin_draft_, draw_token_
 from milonga.state import named_tensors
 
-_PAD = 4  # tokens that are read again are padded to a multiple of so many
+_PAD = 8  # tokens that are read again are padded to a multiple of so many
 _TAIL = 80  # of them at most, beside those of a round's bytes
 
 
@@ -124,11 +124,18 @@ class DeviceDrafter:
         whole = torch.zeros(rows, limit + 1, dtype=torch.int64, device=device)
         number = whole[:, 0].contiguous()
         sums = torch.zeros(0 if greedy else tokens, rows, size + 1, dtype=torch.float64, device=device)
-        numbers = [number.clone() for _ in range(5)]  # no two fields share memory
-        self.drafted = Draft(
-            whole, whole.clone(), whole.clone(), *numbers[:3], number.clone()[:, None], numbers[3],
-            torch.zeros(rows, 3, dtype=torch.int64, device=device), sums,
-        )  # fmt: skip
+        self.drafted = Draft(  # no two fields share memory
+            text=whole,
+            node=whole.clone(),
+            step=whole.clone(),
+            count=number.clone(),
+            live=number.clone(),
+            drawn=number.clone(),
+            next=number.clone()[:, None],
+            keep=number.clone(),
+            first=torch.zeros(rows, 3, dtype=torch.int64, device=device),
+            sums=sums,
+        )
         self._read: dict[int, Replay[tuple[Tensor, tuple[Trace, ...]]]] = {}
         self._settle: dict[int, Replay[None]] = {}
         self._step: Replay[None] | None = None

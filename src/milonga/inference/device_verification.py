@@ -16,7 +16,7 @@ from milonga.inference.acceptance import LANE_ACCEPT
 from milonga.inference.captured import Replay, copy_state
 from milonga.inference.device_drafting import Mailbox, preserving, tensors_of
 from milonga.inference.device_sampling import Mode, weights_on_device
-from milonga.inference.passes import read_piece
+from milonga.inference.passes import commit_side_by_side, read_piece
 from milonga.inference.sampling import Sampler, Uniforms
 from milonga.layers.base import Trace
 from milonga.models.network import Network, NetworkState
@@ -33,6 +33,7 @@ from milonga.ops.speculation import (
     write_verdicts,
 )
 
+STREAMS = 7  # on which commits run side by side; odd, so that layers that alternate are spread
 PIECE = 8  # bytes that are read together are padded to a multiple of so many
 
 
@@ -87,6 +88,7 @@ class DeviceVerifier:
             torch.zeros(rows, dtype=torch.int64, device=self._device),
         )
         self._answer = torch.zeros(rows, limit + 5, dtype=torch.int64, pin_memory=self._device.type == "cuda")
+        self._streams = [torch.cuda.Stream() for _ in range(STREAMS)] if self._device.type == "cuda" else []
         self._passes: dict[tuple[int, Mode], Replay[tuple[Trace, ...]]] = {}
         self._again: dict[tuple[int, Mode], Replay[None]] = {}
         self._last: tuple[tuple[int, Mode], tuple[Trace, ...]] | None = None
@@ -185,7 +187,7 @@ class DeviceVerifier:
             fed = torch.cat([mail["last"], text], 1)
             logits, trace = read_piece(self.network, fed, self.state)
             self._decide(logits, text, mode)
-            self.network.commit_(self.state, trace, self._verdicts.keep)
+            commit_side_by_side(self.network, self.state, trace, self._verdicts.keep, self._streams)
             return trace
 
         return work
@@ -199,8 +201,10 @@ class DeviceVerifier:
         if mode == "greedy":
             accepted, own, undecided = decide_greedy(logits, text, count, self._tie)
         else:
-            settings = (mail[name].expand(-1, logits.shape[1]).flatten() for name in ("temperature", "top_k", "top_p"))
-            weights = weights_on_device(logits.flatten(0, 1), *settings, mode).view_as(logits)
+            temperature, top_k, top_p = (
+                mail[name].expand(-1, logits.shape[1]).flatten() for name in ("temperature", "top_k", "top_p")
+            )
+            weights = weights_on_device(logits.flatten(0, 1), temperature, top_k, top_p, mode).view_as(logits)
             p = weights / weights.sum(-1, keepdim=True)
             if self._draft is None or self._vocabulary is None:
                 q, shares = sure_conditionals(text)

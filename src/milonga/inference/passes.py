@@ -1,5 +1,7 @@
 """A network over few steps of few rows: the passes that are captured, on kernels of their own where a GPU has them."""
 
+from collections.abc import Sequence
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -30,6 +32,30 @@ def read_piece(
         x, trace = sublayer.layer.read_piece(x, part, sublayer.norm)
         traces.append(trace)
     return _scores(network, x), tuple(traces)
+
+
+def commit_side_by_side(
+    network: Network,
+    state: NetworkState,
+    trace: Sequence[Trace],
+    keep: Int[Tensor, " B"],
+    streams: Sequence[torch.cuda.Stream],
+) -> None:
+    """`network.commit_`, the layers divided among some streams: their commits are short and do not need each other.
+
+    On a CPU there are no streams, and they follow each other.
+    """
+    if not streams:
+        network.commit_(state, trace, keep)
+        return
+    here = torch.cuda.current_stream()
+    for stream in streams:
+        stream.wait_stream(here)
+    for number, (layer, part, piece) in enumerate(zip(network.layers(), state, trace, strict=True)):
+        with torch.cuda.stream(streams[number % len(streams)]):
+            layer.commit_(part, piece, keep)
+    for stream in streams:
+        here.wait_stream(stream)
 
 
 def _scores(network: Network, x: Float[Tensor, "B T D"]) -> Float[Tensor, "B T V"]:
