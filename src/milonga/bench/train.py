@@ -254,15 +254,7 @@ def bench_train(
         "capture": capture,
         "device": str(device),
     }
-    notes.append(
-        "utilisation: FLOPs of a step (6 x parameters x tokens; or as counted from the config) over the time of a step "
-        f"and the measured rate of {precision} matrix products; floor: the matrix products of both passes alone"
-    )
-    if device.type == "cuda":
-        notes.append(
-            "captured: both passes replayed as a CUDA graph; launched: each kernel from Python; memory: the most that "
-            "tensors took at once, those inside a graph included, of the most that PyTorch held for them"
-        )
+    notes += _explained(precision, device)
     return BenchResult(
         "train",
         settings,
@@ -273,3 +265,17 @@ def bench_train(
         ceilings.to_json(),
         notes,
     )
+
+
+def _explained(precision: Precision, device: torch.device) -> list[str]:
+    """What the words of the table mean."""
+    notes = [
+        "utilisation: FLOPs of a step (6 x parameters x tokens; or as counted from the config) over the time of a step "
+        f"and the measured rate of {precision} matrix products; floor: the matrix products of both passes alone"
+    ]
+    if device.type == "cuda":
+        notes.append(
+            "captured: both passes replayed as a CUDA graph; launched: each kernel from Python; memory: the most that "
+            "tensors took at once, those inside a graph included, of the most that PyTorch held for them"
+        )
+    return notes
