@@ -71,7 +71,6 @@ def test_whole_sequences(monkeypatch) -> None:
 def test_finer_chunks_in_the_first_pass(monkeypatch) -> None:
     monkeypatch.setattr(gluon, "FINE", 32)
     monkeypatch.setattr(gluon, "PROGRAMS", 2)
-    monkeypatch.setattr(gluon, "PROGRAMS_BACKWARD", 2)
     segments = Segments.from_lengths((0, 130, 33))
     check(make(1, segments.total, 8, 16, segments.count), segments)
     check(make(1, 130, 8, 16))

@@ -47,6 +47,10 @@ class Shared:
         self.memory = memory
 
     @property
+    def dtype(self) -> torch.dtype:
+        return self.memory.dtype
+
+    @property
     def shape(self) -> list[int]:
         return list(self.memory.shape)
 
@@ -91,6 +95,9 @@ def store(pointer: Pointer, value, mask=None) -> None:
 def inline_asm(
     text: str, constraints: str, values: list[Tensor], dtype: torch.dtype, is_pure: bool, pack: int
 ) -> Tensor:
+    if "prefetch" in text:
+        pointer, mask = values
+        return torch.zeros(torch.broadcast_shapes(pointer.offsets.shape, mask.shape), dtype=dtype)
     (value,) = values
     if text.startswith("rcp"):
         return 1.0 / value
@@ -109,7 +116,7 @@ def allocate_shared_memory(dtype: torch.dtype, shape: list[int], layout) -> Shar
 LANGUAGE = {
     "float32": torch.float32, "bfloat16": torch.bfloat16, "int32": torch.int32, "int64": torch.int64,
     "load": load, "store": store, "inline_asm_elementwise": inline_asm, "static_range": range,
-    "allocate_shared_memory": allocate_shared_memory, "SliceLayout": lambda *_: None,
+    "allocate_shared_memory": allocate_shared_memory, "SliceLayout": lambda *_: None, "BlockedLayout": lambda *_: None,
     "arange": lambda start, stop, layout: torch.as_tensor(torch.arange(start, stop, dtype=torch.int32)),
     "zeros": lambda shape, dtype, layout: torch.as_tensor(torch.zeros(shape, dtype=dtype)),
     "full_like": torch.full_like, "zeros_like": torch.zeros_like, "exp2": torch.exp2, "abs": torch.abs,

@@ -9,19 +9,21 @@ from milonga.ops.gpu.triton_parts import rows
 from milonga.ops.selective_scan import gluon_backward, gluon_forward, triton_sums
 from milonga.ops.selective_scan.checkpoints import CHUNK, checkpoint_shape
 
-STATES, CHANNELS = 16, 64
-# Programs for which an H100 has room at a time, by registers: four a multiprocessor forward, three backward. Fixed, so
-# that results do not depend on the GPU. A sequence is cut into chunks, which costs a second pass over its inputs, only
-# where there would be fewer than ENOUGH programs without; a chunk is never shorter than SHORTEST steps.
-PROGRAMS, PROGRAMS_BACKWARD = 528, 396
-ENOUGH, ENOUGH_BACKWARD = 190, 250
+STATES, CHANNELS, HALF = 16, 64, 32
+# Programs for which an H100 has room at a time by registers, three a multiprocessor. Fixed, so that results do not
+# depend on the GPU. A sequence is cut into chunks, which costs a second pass over its inputs, only where there would be
+# fewer than ENOUGH programs without; a chunk is never shorter than SHORTEST steps.
+PROGRAMS = 396
+ENOUGH, ENOUGH_BACKWARD = 96, 250
 SHORTEST = 128
+# What the first pass over a step costs, the second pass being 1.
+_FIRST, _FIRST_BACKWARD = 0.8, 0.2
 # Where chunks are long, the first pass takes shorter ones, of at least FINE steps: all multiprocessors end together.
 FINE = 384
 # fp32 numbers that the sums of dB and dC over blocks of channels may take. Beyond, time is walked in parts.
 WORKSPACE = 96 * 2**20
-# Registers a lane, for three programs a multiprocessor; four for the forward pass in chunks.
-_REGISTERS, _REGISTERS_CHUNKED = 168, 128
+# Registers a lane, for three programs a multiprocessor; four for the first pass.
+_REGISTERS, _REGISTERS_FIRST = 168, 128
 
 
 @cache
@@ -37,14 +39,24 @@ def suits(x: Tensor, A: Tensor) -> bool:
     return x.is_cuda and A.shape[1] == STATES and x.shape[2] > 0 and _capable(x.device.index)
 
 
-def _length(rows: int, sequences: int, packed: bool, blocks: int, enough: int, programs: int) -> tuple[int, int]:
+def _pieces(parallel: int, first: float) -> int:
+    """Of how many chunks a sequence is best: programs take their turns on the GPU once or twice, all in full turns."""
+
+    def cost(turns: int) -> float:
+        count = max(turns * PROGRAMS // parallel, 1)
+        return turns * PROGRAMS / (count * parallel) + first * (1 - 1 / count)
+
+    return max(min((1, 2), key=cost) * PROGRAMS // parallel, 1)
+
+
+def _length(rows: int, sequences: int, packed: bool, blocks: int, enough: int, first: float) -> tuple[int, int]:
     """Steps of a chunk, and how many chunks the first pass makes of it: multiples of the spacing of checkpoints.
 
     How long packed sequences are is known on the GPU alone: they are taken for one.
     """
     longest = rows if packed else rows // max(sequences, 1)
     parallel = blocks * (1 if packed else sequences)
-    pieces = 1 if parallel >= enough else max(programs // max(parallel, 1), 1)
+    pieces = 1 if parallel >= enough else _pieces(max(parallel, 1), first)
     steps = max(-(-longest // pieces), SHORTEST if pieces > 1 else 1)
     finer = next((count for count in (8, 4, 2) if pieces > 1 and steps >= count * FINE), 1)
     return -(-steps // (CHUNK * finer)) * CHUNK * finer, finer
@@ -53,13 +65,13 @@ def _length(rows: int, sequences: int, packed: bool, blocks: int, enough: int, p
 class _Plan:
     """Sizes that a pass and its launches share."""
 
-    def __init__(self, x: Tensor, offsets: Tensor | None, enough: int, programs: int) -> None:
+    def __init__(self, x: Tensor, offsets: Tensor | None, enough: int, first: float) -> None:
         self.batch, self.time, self.width = x.shape
         self.packed = offsets is not None
         self.sequences = self.batch if offsets is None else offsets.numel() - 1
         self.rows = self.batch * self.time
         self.blocks = -(-self.width // CHANNELS)
-        self.length, self.finer = _length(self.rows, self.sequences, self.packed, self.blocks, enough, programs)
+        self.length, self.finer = _length(self.rows, self.sequences, self.packed, self.blocks, enough, first)
         pieces = max(-(-self.time // self.length), 1)
         # every sequence has a slot more than it may need where sequences are packed
         self.slots = self.rows // self.length + self.sequences if self.packed else self.sequences * pieces
@@ -68,6 +80,9 @@ class _Plan:
         pieces = max(-(-self.time // fine), 1)
         self.fine_slots = self.rows // fine + self.sequences if self.packed else self.sequences * pieces
         self.chunked = (self.rows if self.packed else self.time) > self.length
+        # programs of half as many channels where each multiprocessor has room for all of them
+        parallel = self.blocks * (1 if self.packed else self.sequences)
+        self.half = not self.chunked and 2 * parallel <= PROGRAMS
         self.kept_step = checkpoint_shape(0, 0, self.width, STATES, False)[1]
 
     @property
@@ -93,7 +108,7 @@ def forward(
     save: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Kernel of `milonga::selective_scan`."""
-    plan = _Plan(x, offsets, ENOUGH, PROGRAMS)
+    plan = _Plan(x, offsets, ENOUGH, _FIRST)
     width = plan.width
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     final = A.new_empty(plan.sequences, width, STATES)
@@ -114,17 +129,19 @@ def forward(
     fixed = {
         "PACKED": plan.packed, "INITIAL": initial is not None, "D_": D is not None, "BIAS": dt_bias is not None,
         "EXACT": x.dtype == torch.float32, "num_warps": 4,
-        "maxnreg": _REGISTERS_CHUNKED if plan.chunked else _REGISTERS,
     }  # fmt: skip
+    channels = HALF if plan.half else CHANNELS
     with torch.cuda.device_of(x):
         if plan.chunked:
             ends, sums = plan.ends(A)
             gluon_forward.scan_forward[(plan.fine_slots * plan.blocks,)](
-                *inputs, ends, sums, *outputs, *sizes, **fixed, STARTS=False, SAVE=False, ENDS=True, Z=False
-            )
-        gluon_forward.scan_forward[(plan.programs,)](
-            *inputs, ends, sums, *outputs, *sizes, **fixed, STARTS=plan.chunked, SAVE=save, ENDS=False, Z=z is not None
-        )
+                *inputs, ends, sums, *outputs, *sizes, **fixed,
+                STARTS=False, SAVE=False, ENDS=True, Z=False, CH=CHANNELS, maxnreg=_REGISTERS_FIRST,
+            )  # fmt: skip
+        gluon_forward.scan_forward[(plan.slots * -(-width // channels),)](
+            *inputs, ends, sums, *outputs, *sizes, **fixed,
+            STARTS=plan.chunked, SAVE=save, ENDS=False, Z=z is not None, CH=channels, maxnreg=_REGISTERS,
+        )  # fmt: skip
     return y, final, kept
 
 
@@ -145,7 +162,7 @@ def backward(
     gated: bool = False,
 ) -> tuple[Tensor, ...]:
     """Kernel of `milonga::selective_scan_backward`; its y, like that of the forward pass, is summed in fp32."""
-    plan = _Plan(x, offsets, ENOUGH_BACKWARD, PROGRAMS_BACKWARD)
+    plan = _Plan(x, offsets, ENOUGH_BACKWARD, _FIRST_BACKWARD)
     width, slots = plan.width, plan.slots
     grad_x, grad_dt = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for _ in range(2))
     grad_z = torch.empty(x.shape if z is not None else (0,), dtype=x.dtype, device=x.device)
@@ -221,7 +238,7 @@ class _Launch:
                 gluon_backward.scan_back_ends[(plan.fine_slots * plan.blocks,)](
                     upstream, dt, gate, C, A, bias, ends, sums, bounds, *sizes, gy_step, dt_step, z_step, C_step,
                     PACKED=plan.packed, Y=grad_y is not None, Z=z is not None, BIAS=dt_bias is not None,
-                    EXACT=x.dtype == torch.float32, num_warps=4, maxnreg=_REGISTERS_CHUNKED,
+                    EXACT=x.dtype == torch.float32, num_warps=4, maxnreg=_REGISTERS_FIRST,
                 )  # fmt: skip
         entering = A if grad_final is None else grad_final.contiguous()
         self.inputs = (upstream, x, dt, gate, B, C, A, weight, bias, ends, sums, entering)
@@ -233,7 +250,7 @@ class _Launch:
             "PACKED": plan.packed, "STARTS": plan.chunked, "FINAL": grad_final is not None, "Y": grad_y is not None,
             "Z": z is not None, "D_": D is not None, "BIAS": dt_bias is not None,
             # tf32 is exact enough for bfloat16 alone
-            "EXACT": x.dtype != torch.bfloat16, "num_warps": 4, "maxnreg": _REGISTERS,
+            "EXACT": x.dtype != torch.bfloat16, "KEEP": x.element_size() == 2, "num_warps": 4, "maxnreg": _REGISTERS,
         }  # fmt: skip
 
     def __call__(

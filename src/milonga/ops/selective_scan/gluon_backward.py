@@ -27,16 +27,20 @@ from milonga.ops.selective_scan.gluon_common import (
     LOG2_E,
     NARROW_ROWS_LAYOUT,
     PAIRS_LAYOUT,
+    PART,
+    PARTS_OF_TILE,
     PLAIN,
     ROWS_LAYOUT,
     STATES,
     STATES_LAYOUT,
     TILE,
+    ahead,
     chunk_of,
     decay_of,
     exp_of_minus,
     first_slot,
     fold,
+    parts_of,
     sigmoid,
     softplus,
     state_offsets,
@@ -53,13 +57,30 @@ SUMS_LAYOUT = gl.constexpr(gl.BlockedLayout([1, 1], [4, 8], [4, 1], [1, 0]))
 # rows: warp, step, n0, n3; columns: the four sums over channels, swizzled against bank conflicts, of eight
 PARTIAL_LAYOUT = gl.constexpr(gl.BlockedLayout([1, 1], [4, 8], [4, 1], [1, 0]))
 PARTIAL_ROWS = gl.constexpr(gl.SwizzledSharedLayout(8, 1, 4, [1, 0]))
+SLOTS = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [3, 2, 1, 0]))
+SLOTS_LAYOUT = gl.constexpr(gl.BlockedLayout([1, 1, 1, 4], [1, 1, 2, 16], [2, 1, 2, 1], [3, 2, 1, 0]))
 STARTS_LAYOUT = gl.constexpr(gl.SwizzledSharedLayout(4, 2, 4, [1, 0]))
 
 
 @gluon.jit
 def turns_of(rows):
     """Shared `[32, W]` as eight turns of four steps."""
-    return rows._reinterpret(gl.float32, [TURNS, TURN, rows.shape[1]], PLAIN)
+    return rows._reinterpret(rows.dtype, [TURNS, TURN, rows.shape[1]], PLAIN)
+
+
+@gluon.jit
+def from_slots(slots, kind: gl.constexpr):
+    """`[32, 64]` of du (kind 0) or of the sum of A q (1), which each turn leaves where its first state was."""
+    v = slots.slice(kind, 1, 1).load(SLOTS_LAYOUT).reshape([TILE, CHANNELS])
+    return gl.convert_layout(v, NARROW_ROWS_LAYOUT, assert_trivial=True)
+
+
+@gluon.jit
+def slope_of(delta):
+    """The derivative of softplus where it is `delta`, 1 - exp(-delta), within 5e-6 of itself."""
+    series = gl.fma(delta, gl.full_like(delta, 1.0 / 6.0), gl.full_like(delta, -0.5))
+    series = delta * gl.fma(delta, series, gl.full_like(delta, 1.0))
+    return gl.where(delta < 0.03, series, 1.0 - exp_of_minus(delta))
 
 
 @gluon.jit
@@ -124,7 +145,7 @@ def scan_back_ends(
     _, chunk, _, _, _, first, steps = chunk_of(slot, bounds, T, sequences, length, PACKED)
     if chunk < finer:
         steps = 0
-    at, eh = state_offsets()
+    at, eh = state_offsets(CHANNELS, STATES_LAYOUT)
     at += channel * STATES
     live = (channel + eh < E)[None, :] & (at >= 0)
     a2 = gl.load(A + at, mask=live, other=0.0) * LOG2_E
@@ -157,10 +178,15 @@ def scan_back_ends(
     rows_d = gl.allocate_shared_memory(gl.float32, [TILE, CHANNELS], PLAIN)
     rows_g = gl.allocate_shared_memory(gl.float32, [TILE, CHANNELS], PLAIN)
     rows_C = gl.allocate_shared_memory(gl.float32, [TILE, STATES], PLAIN)
+    row_bias = gl.allocate_shared_memory(gl.float32, [1, CHANNELS], PLAIN)
+    row_bias.store(bias[None, :])
+    parts_d = parts_of(rows_d)
+    parts_g = parts_of(rows_g)
+    parts_C = parts_of(rows_C)
     r = gl.zeros([STATES, CHANNELS], gl.float32, layout=STATES_LAYOUT)
     delta_sum = gl.zeros([TILE, CHANNELS], gl.float32, layout=ROWS_LAYOUT)
     for tile in range(tiles):
-        v = wide(raw_dt) + bias[None, :]
+        v = wide(raw_dt) + row_bias.load(ROWS_LAYOUT)
         delta = gl.where((t < left)[:, None], softplus(v, exp_of_minus(gl.abs(v))), 0.0)
         delta_sum += delta
         g = wide(raw_g)
@@ -182,11 +208,15 @@ def scan_back_ends(
         if Z:
             z -= TILE * z_step
             raw_z = tile_rows(z, z_at, more & alive)
-        turned_C = rows_C.permute((1, 0))
-        for k in gl.static_range(TILE - 1, -1, -1):
-            g_k = rows_g.slice(k, 1, 0).load(STATES_LAYOUT)
-            decay = decay_of(rows_d.slice(k, 1, 0).load(STATES_LAYOUT) * a2, EXACT)
-            r = decay * gl.fma(g_k, turned_C.slice(k, 1, 1).load(STATES_LAYOUT), r)
+        for back in range(PARTS_OF_TILE):
+            part = PARTS_OF_TILE - 1 - back
+            deltas = parts_d.index(part)
+            upstream = parts_g.index(part)
+            out_of = parts_C.index(part).permute((1, 0))
+            for k in gl.static_range(PART - 1, -1, -1):
+                g_k = upstream.slice(k, 1, 0).load(STATES_LAYOUT)
+                decay = decay_of(deltas.slice(k, 1, 0).load(STATES_LAYOUT) * a2, EXACT)
+                r = decay * gl.fma(g_k, out_of.slice(k, 1, 1).load(STATES_LAYOUT), r)
     if chunk >= finer:
         gl.store(ends + slot.to(gl.int64) * E * STATES + at, r, mask=live)
         gl.store(sums + slot.to(gl.int64) * E + e, gl.sum(delta_sum, 0), mask=e < E)
@@ -200,10 +230,12 @@ def scan_backward(
     gy_step, x_step, dt_step, z_step, B_step, C_step, kept_step,
     PACKED: gl.constexpr, STARTS: gl.constexpr, FINAL: gl.constexpr, INITIAL: gl.constexpr, GATED: gl.constexpr,
     PARTS: gl.constexpr, Y: gl.constexpr, Z: gl.constexpr, D_: gl.constexpr, BIAS: gl.constexpr, EXACT: gl.constexpr,
+    KEEP: gl.constexpr,
 ):  # fmt: skip
     """All gradients of the steps from `low` to `high` of each chunk. Parts are walked from the last to the first.
 
-    With GATED the output of the forward pass too.
+    With GATED the output of the forward pass too. With KEEP the upstream gradient and z of a tile, of two bytes each,
+    stay in shared memory for the last phase, for which x does in any case; else they are read again.
 
     r comes from `ends` and `sums` of the later chunks, or from the part after this one (PARTS, in `carried`, where the
     one that leaves this part goes too).
@@ -217,7 +249,7 @@ def scan_backward(
     is_last = steps <= high
     steps = gl.minimum(steps, high) - low
     first += low
-    at, eh = state_offsets()
+    at, eh = state_offsets(CHANNELS, STATES_LAYOUT)
     at += channel * STATES
     live = (channel + eh < E)[None, :] & (at >= 0)
     a2 = gl.load(A + at, mask=live, other=0.0) * LOG2_E
@@ -263,35 +295,26 @@ def scan_backward(
     else:
         place = first
     partials += (block.to(gl.int64) * partial_rows + place + tiles * TILE - TURN) * 2 * STATES
-    x_at = t[:, None] * x_step + e[None, :]
-    dt_at = t[:, None] * dt_step + e[None, :]
-    B_at = t2[:, None] * B_step + n2[None, :]
-    C_at = t2[:, None] * C_step + n2[None, :]
-    there = (t < left)[:, None] & alive
-    raw_x = tile_rows(x, x_at, there)
-    raw_dt = tile_rows(dt, dt_at, there)
-    raw_g = raw_x
-    raw_z = raw_x
     if Y:
         grad_y += last * gy_step
-        g_at = t[:, None] * gy_step + e[None, :]
-        raw_g = tile_rows(grad_y, g_at, there)
     if Z:
         z += last * z_step
-        z_at = t[:, None] * z_step + e[None, :]
-        raw_z = tile_rows(z, z_at, there)
         grad_z += last * E
     if GATED:
         y += last * E
-    raw_B = tile_rows(B, B_at, (t2 < left)[:, None])
-    raw_C = tile_rows(C, C_at, (t2 < left)[:, None])
-    start = gl.load(kept + at, mask=live & (tiles > 0), other=0.0)
+    line = gl.arange(0, 4 * TILE, layout=gl.BlockedLayout([1], [32], [4], [0]))
+    line_t = line // 4
+    kind = line % 4
 
     rows_d = gl.allocate_shared_memory(gl.float32, [TILE, CHANNELS], PLAIN)
-    rows_u = gl.allocate_shared_memory(gl.float32, [TILE, CHANNELS], PLAIN)
+    rows_x = gl.allocate_shared_memory(x.dtype.element_ty, [TILE, CHANNELS], PLAIN)
     rows_g = gl.allocate_shared_memory(gl.float32, [TILE, CHANNELS], PLAIN)
     rows_B = gl.allocate_shared_memory(gl.float32, [TILE, STATES], PLAIN)
     rows_C = gl.allocate_shared_memory(gl.float32, [TILE, STATES], PLAIN)
+    if KEEP and Y:
+        kept_g = gl.allocate_shared_memory(x.dtype.element_ty, [TILE, CHANNELS], PLAIN)
+    if KEEP and Z:
+        kept_z = gl.allocate_shared_memory(x.dtype.element_ty, [TILE, CHANNELS], PLAIN)
     row_bias = gl.allocate_shared_memory(gl.float32, [1, CHANNELS], PLAIN)
     row_weight = gl.allocate_shared_memory(gl.float32, [1, CHANNELS], PLAIN)
     row_bias.store(bias[None, :])
@@ -299,11 +322,11 @@ def scan_backward(
     starts = gl.allocate_shared_memory(gl.float32, [2, 4 * CHANNELS, STATES], STARTS_LAYOUT)
     turns_h = starts._reinterpret(gl.float32, [TURNS, CHANNELS, STATES], STARTS_LAYOUT)
     sums_BC = gl.allocate_shared_memory(gl.float32, [64, 32], PARTIAL_ROWS)
-    # sum of A q, in the place of the states before the last eight steps: those are dead when a turn is done
-    rows_q = starts._reinterpret(gl.float32, [4, TILE, CHANNELS], PLAIN).index(3)
-    turns_q = starts._reinterpret(gl.float32, [TURNS * 4, TURN, CHANNELS], PLAIN)
+    # du and the sum of A q of a turn, in the place of the state before it, which is dead when it is done
+    slots = starts._reinterpret(gl.float32, [TURNS, 4, TURN, CHANNELS], SLOTS)
+    turns_uq = starts._reinterpret(gl.float32, [TURNS * 2, 2 * TURN, CHANNELS], PLAIN)
     turns_d = turns_of(rows_d)
-    turns_u = turns_of(rows_u)
+    turns_x = turns_of(rows_x)
     turns_g = turns_of(rows_g)
     turns_B = turns_of(rows_B)
     turns_C = turns_of(rows_C)
@@ -313,12 +336,39 @@ def scan_backward(
     ones = ((one_k[:, None] // 4) == one_c[None, :]).to(gl.float32)
 
     for tile in range(tiles):
+        # calculated again in every tile: kept, they would be spilled
+        t = recomputed(t)
+        t2 = recomputed(t2)
+        there = (t < left)[:, None] & alive
+        start = gl.load(kept + at, mask=live, other=0.0)
+        raw_dt = tile_rows(dt, t[:, None] * dt_step + e[None, :], there)
+        raw_x = tile_rows(x, t[:, None] * x_step + e[None, :], there)
+        if Y:
+            raw_g = tile_rows(grad_y, t[:, None] * gy_step + e[None, :], there)
+        if Z:
+            raw_z = tile_rows(z, t[:, None] * z_step + e[None, :], there)
+        raw_B = tile_rows(B, t2[:, None] * B_step + n2[None, :], (t2 < left)[:, None])
+        raw_C = tile_rows(C, t2[:, None] * C_step + n2[None, :], (t2 < left)[:, None])
+        # what the tile before this one needs, a line a thread
+        soon = tile + 1 < tiles
+        ahead(x - TILE * x_step + channel + line_t * x_step, soon & (kind == 0))
+        ahead(dt - TILE * dt_step + channel + line_t * dt_step, soon & (kind == 1))
+        if Y:
+            ahead(grad_y - TILE * gy_step + channel + line_t * gy_step, soon & (kind == 2))
+        if Z:
+            ahead(z - TILE * z_step + channel + line_t * z_step, soon & (kind == 3))
+        state = channel * STATES + line * 32
+        ahead(kept - kept_step + state, soon & (line < 32) & (state < kept_step))
         h = start
         v = wide(raw_dt) + row_bias.load(NARROW_ROWS_LAYOUT)
         delta = gl.where((t < left)[:, None], softplus(v, exp_of_minus(gl.abs(v))), 0.0)
         rows_d.store(delta)
-        rows_u.store(delta * wide(raw_x))
+        rows_x.store(raw_x)
         g = gl.zeros_like(delta)
+        if KEEP and Y:
+            kept_g.store(raw_g)
+        if KEEP and Z:
+            kept_z.store(raw_z)
         if Y:
             g = wide(raw_g)
             if Z:
@@ -330,8 +380,10 @@ def scan_backward(
         # kept four at a time: the compiler puts a barrier between two stores to one buffer
         early = (h,)
         for step in gl.static_range(TILE - TURN):
-            decay = decay_of(rows_d.slice(step, 1, 0).load(STATES_LAYOUT) * a2, EXACT)
-            drive = rows_u.slice(step, 1, 0).load(STATES_LAYOUT) * turned_B.slice(step, 1, 1).load(STATES_LAYOUT)
+            delta_k = rows_d.slice(step, 1, 0).load(STATES_LAYOUT)
+            decay = decay_of(delta_k * a2, EXACT)
+            u_k = delta_k * rows_x.slice(step, 1, 0).load(STATES_LAYOUT).to(gl.float32)
+            drive = u_k * turned_B.slice(step, 1, 1).load(STATES_LAYOUT)
             h = gl.fma(decay, h, drive)
             if step % TURN == TURN - 1:
                 early = early + (h,)
@@ -341,7 +393,7 @@ def scan_backward(
         for back in range(TURNS):
             turn = TURNS - 1 - back
             d4 = turns_d.index(turn)
-            u4 = turns_u.index(turn)
+            x4 = turns_x.index(turn)
             g4 = turns_g.index(turn)
             b4 = turns_B.index(turn).permute((1, 0))
             c4 = turns_C.index(turn).permute((1, 0))
@@ -351,10 +403,14 @@ def scan_backward(
                 partials -= TURN * 2 * STATES
             states = (h,)
             decays = ()
+            inputs = ()
             ys = ()
             for k in gl.static_range(TURN):
-                decay = decay_of(d4.slice(k, 1, 0).load(STATES_LAYOUT) * a2, EXACT)
-                drive = u4.slice(k, 1, 0).load(STATES_LAYOUT) * b4.slice(k, 1, 1).load(STATES_LAYOUT)
+                delta_k = d4.slice(k, 1, 0).load(STATES_LAYOUT)
+                decay = decay_of(delta_k * a2, EXACT)
+                u_k = delta_k * x4.slice(k, 1, 0).load(STATES_LAYOUT).to(gl.float32)
+                inputs = inputs + (u_k,)
+                drive = u_k * b4.slice(k, 1, 1).load(STATES_LAYOUT)
                 h = gl.fma(decay, h, drive)
                 ys = ys + (gl.sum(h * c4.slice(k, 1, 1).load(STATES_LAYOUT), 0),)
                 decays = decays + (decay,)
@@ -367,7 +423,7 @@ def scan_backward(
                 into = b4.slice(k, 1, 1).load(STATES_LAYOUT)
                 g_k = g4.slice(k, 1, 0).load(STATES_LAYOUT)
                 d_h = gl.fma(g_k, c4.slice(k, 1, 1).load(STATES_LAYOUT), r)
-                u_k = u4.slice(k, 1, 0).load(STATES_LAYOUT)
+                u_k = inputs[k]
                 sums4 = (sum_of_four_channels(d_h * u_k, states[k + 1] * g_k, ones, EXACT),) + sums4
                 r = decays[k] * d_h
                 q = r * states[k]
@@ -375,55 +431,50 @@ def scan_backward(
                 qs = (gl.sum(q * a2, 0),) + qs
                 d_A = gl.fma(q, delta_k, d_A)
             g4.store(four_rows(ys))
-            u4.store(four_rows(us))
-            turns_q.index(TURNS * 3 + turn).store(four_rows(qs))
+            u_and_q = gl.join(four_rows(us), four_rows(qs)).permute([2, 0, 1]).reshape([2 * TURN, CHANNELS])
+            turns_uq.index(2 * turn).store(u_and_q)
             four = gl.join(gl.join(sums4[0], sums4[1]), gl.join(sums4[2], sums4[3])).reshape([4, 16, 8, 2, 2])
             sums_BC.store(four.permute([0, 4, 3, 1, 2]).reshape([64, 32]))
 
         t = recomputed(t)
-        t2 = recomputed(t2)
         there = (t < left)[:, None] & alive
-        x_at = t[:, None] * x_step + e[None, :]
-        dt_at = t[:, None] * dt_step + e[None, :]
         out_at = t[:, None] * E + e[None, :]
-        B_at = t2[:, None] * B_step + n2[None, :]
-        C_at = t2[:, None] * C_step + n2[None, :]
-        old_x = tile_rows(x, x_at, there)
-        old_dt = tile_rows(dt, dt_at, there)
+        old_x = rows_x.load(NARROW_ROWS_LAYOUT)
+        old_dt = old_x
+        if EXACT:
+            old_dt = tile_rows(dt, t[:, None] * dt_step + e[None, :], there)
         old_g = old_x
         old_z = old_x
         if Y:
-            g_at = t[:, None] * gy_step + e[None, :]
-            old_g = tile_rows(grad_y, g_at, there)
+            if KEEP:
+                old_g = kept_g.load(NARROW_ROWS_LAYOUT)
+            else:
+                old_g = tile_rows(grad_y, t[:, None] * gy_step + e[None, :], there)
         if Z:
-            z_at = t[:, None] * z_step + e[None, :]
-            old_z = tile_rows(z, z_at, there)
+            if KEEP:
+                old_z = kept_z.load(NARROW_ROWS_LAYOUT)
+            else:
+                old_z = tile_rows(z, t[:, None] * z_step + e[None, :], there)
         # the tile before, if there is one: its loads are under way during the rest of this one
         x -= TILE * x_step
         dt -= TILE * dt_step
         B -= TILE * B_step
         C -= TILE * C_step
         kept -= kept_step
-        more = (t2 >= 0)[:, None] & (tile + 1 < tiles)
-        raw_B = tile_rows(B, B_at, more)
-        raw_C = tile_rows(C, C_at, more)
-        start = gl.load(kept + at, mask=live & (tile + 1 < tiles), other=0.0)
-        more = alive & (t >= 0)[:, None] & (tile + 1 < tiles)
-        raw_x = tile_rows(x, x_at, more)
-        raw_dt = tile_rows(dt, dt_at, more)
         if Y:
             grad_y -= TILE * gy_step
-            raw_g = tile_rows(grad_y, g_at, more)
         if Z:
             z -= TILE * z_step
-            raw_z = tile_rows(z, z_at, more)
         store_sums(partials, sums_BC, left)
         partials -= TURN * 2 * STATES
 
-        v = wide(old_dt) + row_bias.load(NARROW_ROWS_LAYOUT)
-        slope = sigmoid(v)
+        delta = rows_d.load(NARROW_ROWS_LAYOUT)
+        if EXACT:
+            slope = sigmoid(wide(old_dt) + row_bias.load(NARROW_ROWS_LAYOUT))
+        else:
+            slope = slope_of(delta)
         value = wide(old_x)
-        g = gl.zeros_like(v)
+        g = gl.zeros_like(delta)
         if Y:
             g = wide(old_g)
         if GATED or Z:
@@ -438,10 +489,10 @@ def scan_backward(
                 out *= gate * open_
             if GATED:
                 gl.store(y + out_at, out.to(y.dtype.element_ty), mask=there)
-        d_u = rows_u.load(NARROW_ROWS_LAYOUT)
-        d_x = gl.fma(d_u, rows_d.load(NARROW_ROWS_LAYOUT), g * row_weight.load(NARROW_ROWS_LAYOUT))
+        d_u = from_slots(slots, 0)
+        d_x = gl.fma(d_u, delta, g * row_weight.load(NARROW_ROWS_LAYOUT))
         gl.store(grad_x + out_at, d_x.to(grad_x.dtype.element_ty), mask=there)
-        d_dt = gl.fma(d_u, value, rows_q.load(NARROW_ROWS_LAYOUT) * LN_2) * slope
+        d_dt = gl.fma(d_u, value, from_slots(slots, 1) * LN_2) * slope
         gl.store(grad_dt + out_at, d_dt.to(grad_dt.dtype.element_ty), mask=there)
         if D_:
             d_D += gl.convert_layout(gl.sum((g * value).reshape([4, 8, CHANNELS]), 0), NARROW_ROWS_LAYOUT)

@@ -3,7 +3,10 @@
 A program is four warps with 64 neighbouring channels of one chunk of time of one sequence. The state is `[16, 64]`,
 states by channels: a lane holds 8 of the 16 states of a channel (`states_layout`), a warp 16 channels. A tile of 32
 steps goes through three phases: elementwise, with 8 or 16 bytes a lane of each row (`rows_layout`), into fp32 rows in
-shared memory; the recurrence, step by step, from shared memory; elementwise again.
+shared memory; the recurrence, step by step, from shared memory; elementwise again. The recurrence is a loop over parts
+of 16 steps: in one piece of 32 the compiler made steps wait for the next tile's rows, for want of scoreboards.
+
+Where there are few programs, the forward pass has programs of 32 channels in place of 64, with 4 states in a lane.
 
 Steps beyond the end of a chunk get delta = 0 and no input or upstream gradient, which leaves h and r as they are.
 Offsets of rows are int64; those within a tile int32.
@@ -15,10 +18,14 @@ from triton.experimental.gluon import language as gl
 STATES = gl.constexpr(16)
 CHANNELS = gl.constexpr(64)
 TILE = gl.constexpr(32)
+PART = gl.constexpr(16)
+PARTS_OF_TILE = gl.constexpr(2)
 LOG2_E = gl.constexpr(1.4426950408889634)
 LN_2 = gl.constexpr(0.6931471805599453)
 STATES_LAYOUT = gl.constexpr(gl.BlockedLayout([8, 1], [2, 16], [1, 4], [1, 0]))
+HALF_STATES_LAYOUT = gl.constexpr(gl.BlockedLayout([4, 1], [4, 8], [1, 4], [1, 0]))
 ROWS_LAYOUT = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0]))
+HALF_ROWS_LAYOUT = gl.constexpr(gl.BlockedLayout([1, 8], [8, 4], [4, 1], [1, 0]))
 NARROW_ROWS_LAYOUT = gl.constexpr(gl.BlockedLayout([1, 4], [2, 16], [4, 1], [1, 0]))
 # rows of B and C
 PAIRS_LAYOUT = gl.constexpr(gl.BlockedLayout([1, 2], [4, 8], [4, 1], [1, 0]))
@@ -135,7 +142,7 @@ def fold(state, a2, ends, sums, slot, count, E, channel, SIGN: gl.constexpr, EXA
 
     Four at a time, so that their loads are under way together.
     """
-    at, eh = state_offsets()
+    at, eh = state_offsets(CHANNELS, STATES_LAYOUT)
     inside = channel + eh < E
     for i in range(0, count, 4):
         for k in gl.static_range(4):
@@ -148,11 +155,26 @@ def fold(state, a2, ends, sums, slot, count, E, channel, SIGN: gl.constexpr, EXA
 
 
 @gluon.jit
-def state_offsets():
+def state_offsets(CH: gl.constexpr, LAYOUT: gl.constexpr):
     """Offsets of a block's states in `[E N]`, and its channels, in the layout of states."""
-    e = gl.arange(0, CHANNELS, layout=gl.SliceLayout(0, STATES_LAYOUT))
-    n = gl.arange(0, STATES, layout=gl.SliceLayout(1, STATES_LAYOUT))
+    e = gl.arange(0, CH, layout=gl.SliceLayout(0, LAYOUT))
+    n = gl.arange(0, STATES, layout=gl.SliceLayout(1, LAYOUT))
     return e[None, :] * STATES + n[:, None], e
+
+
+@gluon.jit
+def ahead(pointer, mask):
+    """Ask for the lines at `pointer` in the L2 cache: their loads wait less, and no register waits for them."""
+    gl.inline_asm_elementwise(
+        "{ .reg .pred p; setp.ne.s32 p, $2, 0; @p prefetch.global.L2 [$1]; mov.b32 $0, 0; }",
+        "=r,l,r", [pointer, mask.to(gl.int32)], gl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@gluon.jit
+def parts_of(rows):
+    """Shared `[32, W]` as two parts of 16 steps."""
+    return rows._reinterpret(gl.float32, [PARTS_OF_TILE, PART, rows.shape[1]], PLAIN)
 
 
 @gluon.jit
