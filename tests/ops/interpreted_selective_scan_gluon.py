@@ -6,7 +6,7 @@ Run by `test_triton_interpreted.py` in a process of its own: the sums over progr
 import pytest
 import torch
 
-from milonga.ops.selective_scan import ERROR_BOUND, gluon
+from milonga.ops.selective_scan import ERROR_BOUND, HALF_GRADIENT_BOUND, gluon
 from milonga.segments import Segments
 from tests.ops.helpers import relative_rms
 from tests.ops.interpreted_selective_scan import ORDER, check, gated_again, reference, scan
@@ -62,10 +62,22 @@ def test_only_the_final_state_used() -> None:
         assert relative_rms(got, expected) <= ERROR_BOUND, name
 
 
-def test_whole_sequences(monkeypatch) -> None:
+@pytest.mark.parametrize("programs", [1, 100])
+def test_whole_sequences(programs: int, monkeypatch) -> None:
+    """In programs of 64 channels, and of 32."""
     monkeypatch.setattr(gluon, "ENOUGH", 0)
     monkeypatch.setattr(gluon, "ENOUGH_BACKWARD", 0)
-    check(make(2, 35, 20, 16))
+    monkeypatch.setattr(gluon, "PROGRAMS", programs)
+    check(make(1, 35, 70, 16))
+
+
+@pytest.mark.parametrize("first", [0.8, 0.2])
+def test_chunks_fill_the_gpu_once_or_twice(first: float) -> None:
+    for parallel in range(1, gluon.PROGRAMS):
+        programs = gluon._pieces(parallel, first) * parallel
+        turns = -(-programs // gluon.PROGRAMS)
+        assert turns <= 2
+        assert programs > turns * gluon.PROGRAMS - parallel
 
 
 def test_finer_chunks_in_the_first_pass(monkeypatch) -> None:
@@ -90,14 +102,22 @@ def test_packed(lengths: tuple[int, ...]) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_low_precision(dtype: torch.dtype) -> None:
-    inputs = make(1, 5, 24, 16)
-    exact = [value.double().requires_grad_() for value in inputs.values()]
-    low = [v.to(dtype) if name in ("x", "dt", "B", "C", "z") else v for name, v in inputs.items()]
-    low = [value.requires_grad_() for value in low]
-    for leaves in (exact, low):
-        assert len(leaves) == len(ORDER)
-    y, final = scan(ORDER)(*low)
-    assert y.dtype == dtype
-    gradients = torch.autograd.grad([y.float().sum(), final.sum()], low)
-    assert [g.dtype for g in gradients] == [v.dtype for v in low]
-    assert all(bool(g.isfinite().all()) for g in gradients)
+    """What stays in the dtype is as good as its rounding. Steps small and large: their slopes come from delta."""
+    low = make(1, 37, 24, 16)
+    low["dt"] = low["dt"] * 4 - 3
+    low = {n: v.to(dtype) if n in ("x", "dt", "B", "C", "z") else v for n, v in low.items()}
+    upstream = [torch.randn(1, 37, 24).to(dtype), torch.randn(1, 24, 16)]
+    results = []
+    for run, double in ((scan(ORDER), False), (reference(ORDER), True)):
+        leaves = [(v.double() if double else v.clone()).requires_grad_() for v in low.values()]
+        outputs = run(*leaves)
+        gradients = torch.autograd.grad(
+            outputs, leaves, [g.to(o.dtype) for g, o in zip(upstream, outputs, strict=True)]
+        )
+        results.append([*(o.detach() for o in outputs), *gradients])
+    rounding = torch.finfo(dtype).eps / 2
+    for name, got, expected in zip(("y", "final", *ORDER), *results, strict=True):
+        kind = dtype if name in ("y", "x", "dt", "B", "C", "z") else torch.float32
+        assert got.dtype == kind, name
+        bound = HALF_GRADIENT_BOUND if kind == torch.float32 else rounding
+        assert relative_rms(got, expected) <= bound, name
