@@ -10,7 +10,7 @@ from triton.testing import do_bench
 
 from milonga.ops.selective_scan import triton as kernels
 
-SHAPES = ((8, 4096, 3072), (1, 4096, 4608), (1, 131072, 4608))
+SHAPES = ((8, 4096, 3072), (1, 4096, 4608), (1, 131072, 4608), (4, 8192, 2048))
 STATES = 16
 
 
