@@ -106,9 +106,14 @@ def test_a_step_clips_and_reports_the_norm_before_clipping(network, corpus):
     assert training_step(network, optimizer, batch, device=CPU, lr=0.01, clip=None).grad_norm > norm / 10
 
 
-def test_nothing_moves_on_a_loss_that_is_no_number(network, corpus):
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_nothing_moves_on_a_loss_that_is_no_number(network, corpus, kind):
+    """Whether the device decides it (AdamW) or the host: nor do moments, and no step is counted."""
     batch = WindowSampler(corpus, window=20, batch=2, seed=0).batch(0)
-    optimizer = build_optimizer(network, OptimizerConfig())
+    optimizer = build_optimizer(network, OptimizerConfig(name=kind))
+    assert optimizer.decides == (kind == "adamw")
+    training_step(network, optimizer, batch, device=CPU, lr=0.01)
+    moments = {name: value.clone() for name, value in optimizer.tensors().items()}
     with torch.no_grad():
         network.norm.weight[3] = float("nan")
     before = [parameter.clone() for parameter in network.parameters()]
@@ -116,3 +121,5 @@ def test_nothing_moves_on_a_loss_that_is_no_number(network, corpus):
     assert math.isnan(result.nats)
     for one, other in zip(before, network.parameters(), strict=True):
         assert torch.equal(one.nan_to_num(7.0), other.nan_to_num(7.0))
+    after = optimizer.tensors()
+    assert moments.keys() == after.keys() and all(torch.equal(moments[name], after[name]) for name in moments)

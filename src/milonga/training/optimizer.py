@@ -40,6 +40,13 @@ class OptimizerConfig(BaseModel):
     clip: PositiveFloat | None = 1.0
 
 
+class _AdamW(torch.optim.AdamW):
+    """AdamW whose fused step takes two numbers from where the gradients are, as `torch.amp.GradScaler` uses it."""
+
+    grad_scale: Tensor | None = None  # fp32 []: gradients are divided by it
+    found_inf: Tensor | None = None  # fp32 []: where it is 1 nothing moves
+
+
 class Optimizer:
     """One or two of PyTorch's optimizers that cover every parameter once, driven as one."""
 
@@ -57,9 +64,21 @@ class Optimizer:
         for group in self.groups():
             group["lr"] = lr * group["lr_scale"]
 
-    def step(self) -> None:
-        """Move every parameter along its gradient."""
+    @property
+    def decides(self) -> bool:
+        """Whether a step can be clipped or left out by numbers that the host has not seen: see `step`."""
+        return all(isinstance(part, _AdamW) and part.defaults["fused"] for part in self.parts)
+
+    def step(self, scale: Tensor | None = None, skip: Tensor | None = None) -> None:
+        """Move every parameter along its gradient.
+
+        Args:
+            scale: fp32 `[]` on the device: what gradients are divided by, in place. Only where `decides`.
+            skip: fp32 `[]`: where it is 1 nothing moves and no step is counted. Only where `decides`.
+        """
         for part in self.parts:
+            if isinstance(part, _AdamW):
+                part.grad_scale, part.found_inf = scale, skip
             part.step()
 
     def zero_grad(self) -> None:
@@ -126,7 +145,7 @@ def build_optimizer(network: Network, config: OptimizerConfig) -> Optimizer:
     parameters: Parameters = dict(network.named_parameters())
     matrices = _hidden_matrices(network) if config.name == "muon" else {}
     rest = {name: p for name, p in parameters.items() if name not in matrices}
-    adamw = torch.optim.AdamW(
+    adamw = _AdamW(
         _split_by_decay(network, rest, config),
         lr=config.lr,
         betas=config.betas,

@@ -15,6 +15,7 @@ from milonga.segments import Segments
 from milonga.state import batch_size, detach, merge, select
 from milonga.training.optimizer import Optimizer
 
+_CLIP_EPS = 1e-6  # as in `torch.nn.utils.clip_grads_with_norm_`
 Forward = Callable[..., NetworkOutput]  # a network, or what `torch.compile` made of it
 
 
@@ -168,13 +169,38 @@ def training_step(
     nats, length, tokens, after = gradient_of(
         network, parameters, batch, state, device=device, precision=precision, accumulation=accumulation
     )
-    loss, norm = torch.stack([nats, length.double()]).tolist()  # the one place that waits for the device
-    if math.isfinite(loss) and math.isfinite(norm):
-        if clip is not None and norm > clip:
-            torch.nn.utils.clip_grads_with_norm_(parameters, clip, length)
-        optimizer.set_learning_rate(lr)
-        optimizer.step()
+    numbers = torch.stack([nats, length.double()])
+    optimizer.set_learning_rate(lr)
+    if optimizer.decides:  # the device goes on with the update while the host waits for the numbers before it
+        seen = _Seen(numbers)
+        scale = None if clip is None else ((length.float() + _CLIP_EPS) / clip).clamp_min(1.0)
+        optimizer.step(scale, (~numbers.isfinite().all()).float())
+        loss, norm = seen.wait()
+    else:
+        loss, norm = numbers.tolist()
+        if math.isfinite(loss) and math.isfinite(norm):
+            if clip is not None and norm > clip:
+                torch.nn.utils.clip_grads_with_norm_(parameters, clip, length)
+            optimizer.step()
     return StepResult(loss, tokens, norm, after)
+
+
+class _Seen:
+    """A few numbers on their way to the host; what is launched after them is not waited for."""
+
+    def __init__(self, numbers: Tensor):
+        self._numbers, self._there = numbers, None
+        if numbers.is_cuda:
+            self._numbers = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
+            self._numbers.copy_(numbers, non_blocking=True)
+            self._there = torch.cuda.Event()
+            self._there.record(torch.cuda.current_stream(numbers.device))
+
+    def wait(self) -> list[float]:
+        """The one place of a step that waits for the device."""
+        if self._there is not None:
+            self._there.synchronize()
+        return self._numbers.tolist()
 
 
 def enter(network: Network, rows: NetworkState, batch: Batch) -> NetworkState:
