@@ -19,6 +19,7 @@ from milonga.inference.runner import NetworkRunner, Runner
 from milonga.layers.attention import buffer_capacity
 from milonga.layers.base import Trace
 from milonga.models.network import Network, NetworkState
+from milonga.ops.gpu.capture import captured_into
 from milonga.state import batch_size, clone, map_tensors, named_tensors, nbytes
 
 Result = TypeVar("Result")
@@ -59,7 +60,7 @@ class Replay(Generic[Result]):
                     self._warm()
             torch.cuda.current_stream().wait_stream(stream)
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
+            with captured_into(graph):
                 self._result = self._work()
         self._graph = graph
 

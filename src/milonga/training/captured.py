@@ -20,6 +20,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from milonga.data.windows import Batch
 from milonga.errors import UserError
 from milonga.models import Network, NetworkState
+from milonga.ops.gpu.capture import captured_into
 from milonga.training.step import (
     Forward,
     Gradient,
@@ -127,7 +128,7 @@ class StaticPasses:
         graph, stream = torch.cuda.CUDAGraph(), _stream(self.device)
         torch.clear_autocast_cache()  # the graph casts the weights itself, at every replay
         try:
-            with torch.cuda.stream(stream), torch.cuda.graph(graph, stream=stream):
+            with torch.cuda.stream(stream), captured_into(graph, stream):
                 self.run()
         except torch.OutOfMemoryError as error:
             raise torch.OutOfMemoryError(

@@ -109,8 +109,8 @@ def draw_token(
 
 @triton.jit
 def decide(
-    logits, text, text_row, count, count_row, node, step, draft_row, sums, bounds, active, accept, draw, temperature, inputs_row,
-    result, result_row, keep, B, T, V,
+    logits, text, text_row, count, count_row, node, step, draft_row, sums, bounds,
+    active, accept, draw, temperature, inputs_row, result, result_row, keep, B, T, V,
     TB: tl.constexpr, GREEDY: tl.constexpr, SURE: tl.constexpr,
 ):  # fmt: skip
     """See `milonga.ops.speculation.decide_`."""
