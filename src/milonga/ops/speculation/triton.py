@@ -61,6 +61,7 @@ def decide_(
     node, step, sums, bounds, row, size = parts
     triton_kernels.decide[(batch,)](
         logits, text, text.stride(0), count, count.stride(0), node, step, row, sums, bounds,
-        inputs.active, inputs.accept, inputs.draw, inputs.temperature, inputs.active.stride(0), verdicts.result, verdicts.result.stride(0), verdicts.keep,
+        inputs.active, inputs.accept, inputs.draw, inputs.temperature,
+        inputs.active.stride(0), verdicts.result, verdicts.result.stride(0), verdicts.keep,
         batch, time, size, TB=_power(time), GREEDY=greedy, SURE=sure, num_warps=8,
     )  # fmt: skip
