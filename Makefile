@@ -45,8 +45,8 @@ $(VENV)/.milonga-kernels: | $(VENV)/.milonga-base
 demo: $(VENV)/.milonga-base $(VENV)/.milonga-kernels  ## train, evaluate and stream the demo model (runs/demo)
 	@$(BIN)/milonga demo $(ARGS)
 
-test: install check  ## lint, import floors, spelling, types, then the tests
-	@$(BIN)/python -m pytest $(ARGS)
+test: install check  ## lint, import floors, spelling, types, then the tests, on all cores
+	@$(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal $(ARGS)
 
 check: lint floors spelling types
 
