@@ -12,6 +12,7 @@ from milonga.data.bpe import BpeCodec
 from milonga.errors import UserError
 from milonga.inference import draft_length
 from milonga.inference.captured import CapturedRunner
+from milonga.inference.device_drafting import preserving
 from milonga.inference.device_rows import DeviceRows
 from milonga.inference.draft_length import AdaptiveDraft, Plan
 from milonga.inference.drafters import NgramDrafter
@@ -174,8 +175,9 @@ def test_a_stream_goes_on(kind):
     assert texts[0] == texts[1]
 
 
-def test_a_round_that_fails_is_undone():
-    """The session stands behind what was written before."""
+@pytest.mark.parametrize("where", ["before the draft", "in the draft", "behind the verification"])
+def test_a_round_that_fails_is_undone(where):
+    """The session stands behind what was written before: the round that failed is undone, and none before it."""
     lm, mine = verifier(), decoder("near", "exact", 6, device=True)
     session = lm.session()
     session.feed(b"abc")
@@ -183,16 +185,52 @@ def test_a_round_that_fails_is_undone():
     text = next(generation) + next(generation) + next(generation)
     rows = next(iter(mine._buffers._owners.values()))
 
-    def interrupted():
+    def interrupted(*_):
         raise KeyboardInterrupt
 
-    rows._verifier.verdicts = interrupted
+    if where == "before the draft":
+        rows._plans = interrupted
+    elif where == "in the draft":
+        rows._drafter.draft = interrupted
+    else:
+        rows._verifier.verdicts = interrupted
     with pytest.raises(KeyboardInterrupt):
         next(generation)
     other = lm.session()
     other.feed(b"abc" + text)
     assert session.position == other.position
     np.testing.assert_allclose(session.logits, other.logits, atol=1e-4)
+
+
+def test_what_is_preserved_is_so_after_an_interruption():
+    value = torch.arange(3.0)
+
+    def work():
+        value.zero_()
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        preserving(work, lambda: [value])()
+    assert value.tolist() == [0.0, 1.0, 2.0]
+
+
+@pytest.mark.parametrize("kind", ["near", "subwords"])
+def test_drafts_longer_than_a_text_may_still_get(kind):
+    """More tokens than bytes are left are not drawn, and the buffers are those of the first round up to the end."""
+    found = []
+    for device in (False, True):
+        mine = decoder(kind, "exact", 40, device=device)
+        texts, *_ = write(mine, [b"abc the mat"], [90], [Sampling(temperature=0.8, seed=3)])
+        found.append((texts, mine.stats.accepted, mine.stats.rounds))
+    assert found[0] == found[1] and len(mine._buffers._made) == 1
+
+
+def test_adaptive_drafts_have_no_more_tokens_than_bytes(monkeypatch):
+    monkeypatch.undo()
+    mine = decoder("near", "exact", AdaptiveDraft(round=20.0, token=0.001, longest=64), device=True)
+    rows = write(mine, [b"abc the mat"], [90], [Sampling(temperature=0.8, seed=3)])[-1]
+    assert mine.draft.tokens(rows._rows[0].pace.acceptance, 1.0) > draft_length.LONGEST
+    assert mine.stats.written == 89
 
 
 def test_a_broken_verifier_is_told():

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import functional as F
+from torch.nn.modules.module import register_module_forward_hook
 
 from milonga.layers import Mamba, MambaConfig
 from milonga.layers import mamba as mamba_module
@@ -300,3 +301,14 @@ def test_a_projection_that_is_more_than_a_product_is_called(name, kind):
     _, gradients = both_ways(layer, x, "fp32")
     assert len(calls) == (2 if kind in ("forward", "pre", "backward") else 0)
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True)), "the same ops"
+
+
+def test_a_hook_on_all_modules_sees_the_projections():
+    layer, seen = MambaConfig().build(D), []
+    handle = register_module_forward_hook(lambda module, *_: seen.append(module))
+    try:
+        with forgetting(["scan"]):
+            layer(torch.randn(2, 12, D, requires_grad=True))
+    finally:
+        handle.remove()
+    assert {layer.x_proj, layer.dt_proj, layer.out_proj} <= set(seen)

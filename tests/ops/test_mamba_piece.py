@@ -39,9 +39,13 @@ def test_bad_input_is_named() -> None:
     layer, norm = MambaConfig().build(8).eval(), norm_of(RMSNorm(8))
     assert norm is not None
     state = layer.init_state(2)
-    with pytest.raises(ValueError, match=r"x must be \[B T 8\], contiguous, got \[2, 8\]"):
+    with pytest.raises(ValueError, match=r"x must be \[B T 8\], contiguous, B and T from 1, got \[2, 8\]"):
         mamba_piece(torch.randn(2, 8), norm, layer._kernel_weights(), *state)
     with pytest.raises(ValueError, match="backend 'triton' cannot run here"):
         mamba_piece(torch.randn(2, 3, 8), norm, layer._kernel_weights(), *state, backend="triton")
+    with pytest.raises(ValueError, match=r"B and T from 1, got \[2, 0, 8\]"):
+        mamba_piece(torch.randn(2, 0, 8), norm, layer._kernel_weights(), *state)
+    with pytest.raises(ValueError, match="ssm must be contiguous"):
+        mamba_piece(torch.randn(2, 3, 8), norm, layer._kernel_weights(), state.conv, state.ssm.mT.contiguous().mT)
     with torch.no_grad():
         assert not has_piece_kernels(torch.randn(2, 3, 8))

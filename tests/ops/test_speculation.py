@@ -73,3 +73,5 @@ def test_rows_that_are_through_do_not_move() -> None:
     assert verdicts.result[0].tolist() == [4, 65, 0, 0, 4] + [65] * 7 and verdicts.keep.tolist() == [5, 0]
     with pytest.raises(ValueError, match="backend 'triton' cannot run here"):
         decide_(logits, text, torch.tensor([4, 4]), None, None, told, verdicts, True, backend="triton")
+    with pytest.raises(ValueError, match=r"logits must be \[B L\+1 256\], expected \[2, 8, 256\], got \[2, 8, 255\]"):
+        decide_(logits[..., :255], text, torch.tensor([4, 4]), None, None, told, verdicts, True)

@@ -53,12 +53,14 @@ class Replay(Generic[Result]):
 
     def _capture(self) -> None:
         with torch.cuda.device(self._device):
-            stream = torch.cuda.Stream()
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):  # compiles kernels, fills caches and workspaces
-                for _ in range(2):
-                    self._warm()
-            torch.cuda.current_stream().wait_stream(stream)
+            stream, here = torch.cuda.Stream(), torch.cuda.current_stream()
+            stream.wait_stream(here)
+            try:
+                with torch.cuda.stream(stream):  # compiles kernels, fills caches and workspaces
+                    for _ in range(2):
+                        self._warm()
+            finally:
+                here.wait_stream(stream)
             graph = torch.cuda.CUDAGraph()
             with captured_into(graph):
                 self._result = self._work()

@@ -56,13 +56,15 @@ class Mailbox:
 
 
 def preserving(work: Callable[[], object], tensors: Callable[[], Sequence[Tensor]]) -> Callable[[], None]:
-    """`work`, after which these tensors hold what they held before."""
+    """`work`, after which these tensors hold what they held before, also where it was interrupted."""
 
     def warm() -> None:
         kept = [tensor.clone() for tensor in tensors()]
-        work()
-        for tensor, before in zip(tensors(), kept, strict=True):
-            tensor.copy_(before)
+        try:
+            work()
+        finally:
+            for tensor, before in zip(tensors(), kept, strict=True):
+                tensor.copy_(before)
 
     return warm
 

@@ -73,6 +73,8 @@ class DeviceBuffers:
         if before is not owner:
             if before is not None:
                 before.leave()
+            owner.leave()  # buffers of another size
+            self.give_back(owner)
             self._owners[key] = owner
             verifier.load(owner.state)
         return verifier, drafter
@@ -119,8 +121,8 @@ class DeviceRows(SpeculativeRows):
         self._buffers, self._mode = buffers, mode
         self._verifier: DeviceVerifier | None = None
         self._drafter: DeviceDrafter | None = None
-        self.count = len(samplers)
-        device = logits.device
+        self.count, self._room = len(samplers), 0
+        self._device = device = logits.device
         self._times = [torch.cuda.Event(enable_timing=True) for _ in range(3)] if device.type == "cuda" else None
 
     @staticmethod
@@ -156,6 +158,8 @@ class DeviceRows(SpeculativeRows):
     def _round(self) -> list[bytes]:
         if self.done:
             return [b""] * len(self._rows)
+        if self._verifier is not None:
+            self._verifier.stay()  # what fails from here on undoes this round, not the one before
         began = time.perf_counter()
         plans = self._plans()
         verifier = self._come_in(max(plan.bytes for plan in plans))
@@ -184,7 +188,8 @@ class DeviceRows(SpeculativeRows):
         return written
 
     def _come_in(self, longest: int) -> DeviceVerifier:
-        verifier, self._drafter = self._buffers.take(self, self._mode == "greedy", longest)
+        self._room = max(self._room, longest)  # a text near its end stays where it is
+        verifier, self._drafter = self._buffers.take(self, self._mode == "greedy", self._room)
         if self._state is not verifier.state:  # after a byte that single steps decided
             verifier.load(self._state)
             self._state = verifier.state
@@ -225,4 +230,4 @@ class DeviceRows(SpeculativeRows):
 
     def _mark(self, number: int) -> None:
         if self._times is not None:
-            self._times[number].record()
+            self._times[number].record(torch.cuda.current_stream(self._device))

@@ -88,7 +88,8 @@ class DeviceVerifier:
             torch.zeros(rows, dtype=torch.int64, device=self._device),
         )
         self._answer = torch.zeros(rows, limit + 5, dtype=torch.int64, pin_memory=self._device.type == "cuda")
-        self._streams = [torch.cuda.Stream() for _ in range(STREAMS)] if self._device.type == "cuda" else []
+        cuda = self._device.type == "cuda"
+        self._streams = [torch.cuda.Stream(self._device) for _ in range(STREAMS)] if cuda else []
         self._passes: dict[tuple[int, Mode], Replay[tuple[Trace, ...]]] = {}
         self._again: dict[tuple[int, Mode], Replay[None]] = {}
         self._last: tuple[tuple[int, Mode], tuple[Trace, ...]] | None = None
@@ -145,6 +146,10 @@ class DeviceVerifier:
         self._moved = True
         self._answer.copy_(self._verdicts.result, non_blocking=True)
 
+    def stay(self) -> None:
+        """What was passed so far stands: `undo` does not go back behind it."""
+        self._moved = False
+
     def verdicts(self) -> list[Verdict]:
         """What came of it. The device must have been waited for."""
         found = []
@@ -155,7 +160,7 @@ class DeviceVerifier:
 
     @torch.no_grad()
     def undo(self) -> None:
-        """Go back to before the last pass, if there was one since `load`."""
+        """Go back to before the last pass, if there was one since `load` or `stay`."""
         if self._moved:
             copy_state(self.state, self._before)
             self._moved = False

@@ -48,7 +48,7 @@ def commit_side_by_side(
     if not streams:
         network.commit_(state, trace, keep)
         return
-    here = torch.cuda.current_stream()
+    here = torch.cuda.current_stream(keep.device)
     for stream in streams:
         stream.wait_stream(here)
     for number, (layer, part, piece) in enumerate(zip(network.layers(), state, trace, strict=True)):

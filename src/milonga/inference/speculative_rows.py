@@ -261,13 +261,12 @@ class SpeculativeRows:
         return tokens.to(self._logits.device)
 
     def _plans(self) -> list[Plan]:
-        """What to draft for each row: never more than it may still get, less the verifier's own byte."""
+        """What to draft for each row: never more than it may still get, less the verifier's own byte; nor more tokens
+        than bytes."""
         length, token_bytes = self._draft(), self._stream.token_bytes
         plans = [row.pace.plan(length, size) for row, size in zip(self._rows, token_bytes, strict=True)]
-        return [
-            plan._replace(bytes=max(min(plan.bytes, row.left - 1), 0))
-            for plan, row in zip(plans, self._rows, strict=True)
-        ]
+        most = [max(min(plan.bytes, row.left - 1), 0) for plan, row in zip(plans, self._rows, strict=True)]
+        return [Plan(min(plan.tokens, count), count) for plan, count in zip(plans, most, strict=True)]
 
     def _count(self, decisions: Sequence[Decision | None], counts: Sequence[int]) -> None:
         stats = self._stats

@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Float, Float32, Float64
 from pydantic import Field, PositiveInt
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from milonga.layers.base import Keep, KeepFp32, Layer, LayerConfig, keep_per_sequence, kept_steps, last_columns
 from milonga.layers.linear import Linear, StoredLinear
@@ -256,6 +257,8 @@ class Mamba(Layer):
     def _plain(self, u: Tensor) -> bool:
         """Whether the projections after the convolution are products of one dtype and nothing else: no hook that would
         not be called, no parametrization, no stored weights."""
+        if _has_any_global_hook():
+            return False
         autocast = torch.is_autocast_enabled(u.device.type)
         for module in (self.x_proj, self.dt_proj, self.out_proj):
             if type(module) is not Linear or (module.weight.dtype != u.dtype and not autocast):

@@ -59,8 +59,10 @@ def _expect_norm(x: Tensor, norm: Norm) -> None:
         _expect(x, "norm.bias", norm.bias, "[D]", (x.shape[1],), wide(x.dtype))
 
 
-def _expect_mamba(x: Tensor, weights: MambaWeights, conv: Tensor, ssm: Tensor) -> None:
+def expect_mamba(x: Tensor, norm: Norm, weights: MambaWeights, conv: Tensor, ssm: Tensor) -> None:
+    """Raise `ValueError` unless everything beside x `[B D]` is as `mamba_step_` takes it."""
     batch, width = x.shape
+    _expect_norm(x, norm)
     (inner, states), rank, columns = weights.A_log.shape, weights.dt_proj.shape[1], weights.conv_weight.shape[1]
     same, parameter = x.dtype, wide(x.dtype)
     _expect(x, "in_proj", weights.in_proj, "[2E D]", (2 * inner, width), same)
@@ -147,8 +149,7 @@ def mamba_step_(
         ValueError: if shapes, dtypes, devices or layouts do not fit, or the backend cannot run here.
     """
     _expect_rows(x, weights.in_proj.shape[-1], "in_proj")
-    _expect_norm(x, norm)
-    _expect_mamba(x, weights, conv, ssm)
+    expect_mamba(x, norm, weights, conv, ssm)
     inner = weights.A_log.shape[0]
     triton = _triton(x, backend)
     if triton and inner % 16:
@@ -202,6 +203,7 @@ __all__ = [
     "MambaWeights",
     "Norm",
     "ReplayInputs",
+    "expect_mamba",
     "has_step_kernels",
     "linear_step",
     "mamba_replay_",

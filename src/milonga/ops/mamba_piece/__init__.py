@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from milonga.ops.backend import choice, kernels, refusal
-from milonga.ops.decode_step import MambaWeights, Norm, ReplayInputs
+from milonga.ops.decode_step import MambaWeights, Norm, ReplayInputs, expect_mamba
 from milonga.ops.mamba_piece.reference import mamba_piece_reference
 
 # Bound of the relative RMS error of the output and of what the piece adds against the float64 reference, fp32 inputs.
@@ -38,10 +38,13 @@ def mamba_piece(
         `ERROR_BOUND`.
 
     Raises:
-        ValueError: if x is not `[B T D]`, longer than `LONGEST` steps where the kernels are to run, or they cannot.
+        ValueError: if x is not `[B T D]`, empty, longer than `LONGEST` steps where the kernels are to run, or they
+            cannot; or if a weight or the state does not fit, as in `mamba_step_`.
     """
-    if x.ndim != 3 or x.shape[2] != weights.in_proj.shape[1] or not x.is_contiguous():
-        raise ValueError(f"mamba_piece: x must be [B T {weights.in_proj.shape[1]}], contiguous, got {list(x.shape)}")
+    width = weights.in_proj.shape[1]
+    if x.ndim != 3 or x.shape[2] != width or x.shape[0] < 1 or x.shape[1] < 1 or not x.is_contiguous():
+        raise ValueError(f"mamba_piece: x must be [B T {width}], contiguous, B and T from 1, got {list(x.shape)}")
+    expect_mamba(x[:, 0], norm, weights, conv, ssm)
     if backend != "auto":
         choice("mamba_piece", backend, x.device.type, x.dtype)
     if backend == "triton" or (backend == "auto" and has_piece_kernels(x)):

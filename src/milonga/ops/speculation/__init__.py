@@ -35,7 +35,13 @@ def _runs(logits: Tensor, backend: str) -> bool:
     fits = logits.dtype == torch.float32 and logits.shape[-1] <= LARGEST and logits.is_contiguous()
     if backend == "auto" and not fits:
         return False
-    return choice("speculation", backend, logits.device.type, logits.dtype) == "triton"
+    runs = choice("speculation", backend, logits.device.type, logits.dtype) == "triton"
+    if runs and not fits:
+        got = f"{str(logits.dtype).removeprefix('torch.')} {list(logits.shape)}, strides {list(logits.stride())}"
+        raise ValueError(
+            f"speculation: the kernels take contiguous float32 logits of at most {LARGEST} tokens, got {got}"
+        )
+    return runs
 
 
 def begin_draft_(
@@ -59,7 +65,7 @@ def begin_draft_(
         backend: `auto`, `reference` or `triton`.
 
     Raises:
-        ValueError: if the backend cannot run here.
+        ValueError: if the backend cannot run here, or not on such logits.
     """
     run = kernels("speculation", "triton").begin_draft_ if _runs(behind, backend) else begin_draft_reference
     run(behind, inputs, vocabulary, draft, greedy)
@@ -80,10 +86,10 @@ def draw_token_(
     Args:
         logits: with `first` those of `begin_draft_`, of which number `keep` is taken; else the first is.
         first: draw from `first`; else from all tokens.
-        inputs, vocabulary, draft, greedy, backend: as there.
+        inputs, vocabulary, draft, greedy, backend: as there. No more tokens are drawn than `draft.sums` has room for.
 
     Raises:
-        ValueError: if the backend cannot run here.
+        ValueError: if the backend cannot run here, or not on such logits.
     """
     run = kernels("speculation", "triton").draw_token_ if _runs(logits, backend) else draw_token_reference
     run(logits, inputs, vocabulary, draft, first, greedy)
@@ -114,8 +120,11 @@ def decide_(
         backend: `auto`, `reference` or `triton`.
 
     Raises:
-        ValueError: if the backend cannot run here.
+        ValueError: if the logits are not `[B L+1 256]`, or the backend cannot run here, or not on such logits.
     """
+    expected = [text.shape[0], text.shape[1] + 1, 256]
+    if list(logits.shape) != expected:
+        raise ValueError(f"speculation: logits must be [B L+1 256], expected {expected}, got {list(logits.shape)}")
     run = kernels("speculation", "triton").decide_ if _runs(logits, backend) else decide_reference
     run(logits, text, count, draft, vocabulary, inputs, verdicts, greedy)
 
