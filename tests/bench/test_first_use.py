@@ -11,7 +11,6 @@ from milonga.bench.first_use import CACHES, figures_of, parse_parts
 from milonga.errors import UserError
 
 
-@pytest.mark.slow
 def test_a_cold_process_fills_the_caches_and_a_warm_one_finds_them(monkeypatch, tmp_path):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     before = {name: os.environ.get(name) for name in CACHES}
@@ -28,7 +27,6 @@ def test_a_cold_process_fills_the_caches_and_a_warm_one_finds_them(monkeypatch, 
     ]
 
 
-@pytest.mark.slow
 def test_a_process_that_fails_is_said():
     with pytest.raises(UserError, match="first-use: the process that ran train failed"):
         bench_first_use(["train"], torch.device("cuda:7"), "bf16", compile_=True)

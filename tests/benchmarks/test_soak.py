@@ -28,7 +28,6 @@ def soak(monkeypatch):
     return soak
 
 
-@pytest.mark.slow
 def test_a_short_soak(tmp_path):
     words = "The quick brown fox jumps over the lazy dog, and the dog sleeps on. "
     (tmp_path / "text.txt").write_text("".join(f"{number}. {words}" for number in range(40)))

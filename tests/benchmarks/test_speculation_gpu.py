@@ -40,7 +40,6 @@ def benchmark(monkeypatch):
     return speculation_gpu
 
 
-@pytest.mark.slow
 def test_trained_and_measured_in_one_go(tmp_path):
     data = tmp_path / "data"
     data.mkdir()

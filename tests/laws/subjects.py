@@ -1,9 +1,13 @@
-"""What the laws are run on: every kind of layer in its variants, and small whole models, behind one face."""
+"""What the laws are run on: every kind of layer in its variants, and small whole models, behind one face.
 
-from collections.abc import Callable
+Each runs on the CPU under its name, and on a GPU, where there is one, as `name@cuda`.
+"""
+
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cache
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -66,6 +70,7 @@ class Subject:
     name: str
     module: Layer | Network
     inputs: Callable[[int, int], Tensor]  # (B, T) -> x
+    device: str = "cpu"
 
     def run(self, x: Tensor, state: State | None = None, segments: Segments | None = None) -> tuple[Tensor, State]:
         """-> (y, state after)."""
@@ -92,7 +97,7 @@ class Subject:
 
     def empty(self, batch: int) -> State:
         """The empty state."""
-        return self.module.init_state(batch)
+        return self.module.init_state(batch, device=self.device)
 
     @property
     def grows(self) -> bool:
@@ -102,8 +107,10 @@ class Subject:
 
 @cache
 def subject(name: str) -> Subject:
-    """The subject of that name, with random weights that make every part matter."""
+    """The subject of that name, with random weights that make every part matter: the same on every device."""
     torch.manual_seed(7)
+    name, _, device = name.partition("@")
+    device = device or "cpu"
     if name in MODELS:
         config = MODELS[name]
         network = config.build(seed=3)
@@ -111,9 +118,18 @@ def subject(name: str) -> Subject:
             for key, parameter in network.named_parameters():
                 if parameter.ndim == 2 and "A_log" not in key:
                     parameter.mul_(1.5)
-        return Subject(name, network, lambda b, t: torch.randint(0, config.vocab_size, (b, t)))
-    layer = LAYERS[name].build(WIDTH)
-    return Subject(name, layer, lambda b, t: torch.randn(b, t, WIDTH))
+        vocabulary = config.vocab_size
+        return Subject(name, network.to(device), lambda b, t: torch.randint(vocabulary, (b, t)).to(device), device)
+    layer = LAYERS[name].build(WIDTH).to(device)
+    return Subject(name, layer, lambda b, t: torch.randn(b, t, WIDTH).to(device), device)
+
+
+def on_devices(names: Iterable[str]) -> pytest.MarkDecorator:
+    """Run a law on subjects of these names, on the CPU and on a GPU."""
+    # PyTorch warns of operations whose order of sums it does not promise; laws have bounds for that
+    marks = (pytest.mark.gpu, pytest.mark.filterwarnings("ignore:.*[Dd]eterministic"))
+    names = list(names)
+    return pytest.mark.parametrize("name", [*names, *(pytest.param(f"{name}@cuda", marks=marks) for name in names)])
 
 
 NAMES = [*LAYERS, *MODELS]

@@ -11,14 +11,14 @@ from milonga.layers import KINDS, RMSNorm
 from milonga.models import ModelConfig
 from milonga.segments import Segments
 from milonga.state import batch_size, clone, from_flat, merge, named_tensors, nbytes, select, to_flat
-from tests.laws.subjects import LAYERS, MODELS, NAMES, WIDTH, WINDOW, Subject, subject
+from tests.laws.subjects import LAYERS, MODELS, NAMES, WIDTH, WINDOW, Subject, on_devices, subject
 from tests.ops.helpers import relative_rms
 
 # Relative RMS between two orders of the same fp32 sums, through a whole model.
 SPLIT_BOUND = 2e-6
 LENGTHS = st.sampled_from([0, 1, 2, WINDOW - 1, WINDOW, WINDOW + 1, 2 * WINDOW + 1, 37])
 SEEDS = st.integers(0, 2**31)
-every_subject = pytest.mark.parametrize("name", NAMES)
+every_subject, every_layer, every_model = on_devices(NAMES), on_devices(LAYERS), on_devices(MODELS)
 
 
 def assert_close(got: torch.Tensor, expected: torch.Tensor, bound: float = SPLIT_BOUND) -> None:
@@ -149,11 +149,11 @@ def test_packed_commit_in_place(name: str, lengths: list[int], seed: int) -> Non
     assert_same_state(state, expected, 0.0)
 
 
-@pytest.mark.parametrize("name", list(LAYERS))
+@every_layer
 def test_a_step_in_place_is_a_step(name: str) -> None:
     """`step_` adds what the layer gives for one step, and leaves the state behind it, far past the window."""
     it = subject(name)
-    norm = RMSNorm(WIDTH)
+    norm = RMSNorm(WIDTH).to(it.device)
     x = it.inputs(2, 3 * WINDOW + 2)
     with torch.no_grad():
         state = it.module.resized(it.empty(2), x.shape[1])
@@ -250,7 +250,7 @@ def test_state_is_constant(name: str) -> None:
         assert sizes[0] == nbytes(it.empty(1))
 
 
-@pytest.mark.parametrize("name", list(LAYERS))
+@every_layer
 def test_nan_comes_out(name: str) -> None:
     """A NaN that goes in comes out at its step and stays out of earlier steps and other rows."""
     it = subject(name)
@@ -285,7 +285,8 @@ def test_sums_stay_fp32_in_bf16(name: str) -> None:
     it = subject(name)
     exact = {key: value.clone() for key, value in it.module.state_dict().items()}
     module = copy.deepcopy(it.module).bfloat16()
-    low = Subject(name, module, lambda b, t: it.inputs(b, t).bfloat16() if name in LAYERS else it.inputs(b, t))
+    floats = it.name in LAYERS
+    low = Subject(it.name, module, lambda b, t: it.inputs(b, t).bfloat16() if floats else it.inputs(b, t), it.device)
     with torch.no_grad():
         _, state = low.run(low.inputs(2, 9), low.empty(2))
     for key, tensor in named_tensors(state):
@@ -321,7 +322,7 @@ def test_compiles_in_one_graph(name: str, carried: bool) -> None:
         assert_close(left, right, 10 * SPLIT_BOUND)
 
 
-@pytest.mark.parametrize("name", list(MODELS))
+@pytest.mark.parametrize("name", MODELS)
 def test_config_round_trip(name: str) -> None:
     """A config survives JSON, and builds the same weights from the same seed."""
     config = MODELS[name]
@@ -332,7 +333,7 @@ def test_config_round_trip(name: str) -> None:
     assert any(not torch.equal(value, config.build(seed=6).state_dict()[key]) for key, value in left.items())
 
 
-@pytest.mark.parametrize("name", list(MODELS))
+@every_model
 def test_losses_are_the_logits_losses(name: str) -> None:
     """Targets give the cross-entropy of the logits, and only then no state; `last` is the last of `all`."""
     it = subject(name)
