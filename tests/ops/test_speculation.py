@@ -6,6 +6,7 @@ import torch
 
 from milonga.inference.acceptance import accept_exact, accept_greedy
 from milonga.inference.sampling import Sampler, Sampling
+from milonga.ops import speculation
 from milonga.ops.speculation import Verdicts, decide_, decide_exact, decide_greedy, pick
 from milonga.ops.speculation.reference import VerdictInputs
 
@@ -73,5 +74,20 @@ def test_rows_that_are_through_do_not_move() -> None:
     assert verdicts.result[0].tolist() == [4, 65, 0, 0, 4] + [65] * 7 and verdicts.keep.tolist() == [5, 0]
     with pytest.raises(ValueError, match="backend 'triton' cannot run here"):
         decide_(logits, text, torch.tensor([4, 4]), None, None, told, verdicts, True, backend="triton")
-    with pytest.raises(ValueError, match=r"logits must be \[B L\+1 256\], expected \[2, 8, 256\], got \[2, 8, 255\]"):
+    with pytest.raises(ValueError, match=r"\[B L\+1 256\], L from 1, expected \[2, 8, 256\], got \[2, 8, 255\]"):
         decide_(logits[..., :255], text, torch.tensor([4, 4]), None, None, told, verdicts, True)
+
+
+def test_the_kernels_take_columns_of_one_array_and_plain_logits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Asked as on a GPU; the kernels themselves are not reached."""
+    monkeypatch.setattr(speculation, "choice", lambda *_: "triton")
+    apart = VerdictInputs(torch.ones(2, 1).long(), *torch.zeros(2, 2, 8).double(), torch.ones(2, 1).double())
+    text, count = torch.zeros(2, 7).long(), torch.zeros(2).long()
+    verdicts = Verdicts(torch.zeros(2, 12).long(), torch.zeros(2).long())
+    for logits, message in (
+        (torch.zeros(2, 8, 256), "columns of one array"),
+        (torch.zeros(2, 8, 256).double(), "contiguous float32 logits"),
+        (torch.zeros(256, 8, 2).transpose(0, 2), "contiguous float32 logits"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            decide_(logits, text, count, None, None, apart, verdicts, True, backend="triton")

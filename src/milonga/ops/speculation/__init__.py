@@ -30,7 +30,7 @@ from milonga.ops.speculation.reference import (
 LARGEST = 1 << 15  # tokens of a vocabulary that one program takes at once
 
 
-def _runs(logits: Tensor, backend: str) -> bool:
+def _runs(logits: Tensor, inputs: DraftInputs | VerdictInputs, backend: str) -> bool:
     """Whether the kernels run."""
     fits = logits.dtype == torch.float32 and logits.shape[-1] <= LARGEST and logits.is_contiguous()
     if backend == "auto" and not fits:
@@ -41,6 +41,9 @@ def _runs(logits: Tensor, backend: str) -> bool:
         raise ValueError(
             f"speculation: the kernels take contiguous float32 logits of at most {LARGEST} tokens, got {got}"
         )
+    if runs and len({column.stride() for column in inputs}) > 1 and logits.shape[0] > 1:
+        got = [list(column.stride()) for column in inputs]
+        raise ValueError(f"speculation: the kernels take inputs that are columns of one array, got strides {got}")
     return runs
 
 
@@ -65,9 +68,9 @@ def begin_draft_(
         backend: `auto`, `reference` or `triton`.
 
     Raises:
-        ValueError: if the backend cannot run here, or not on such logits.
+        ValueError: if the backend cannot run here, or not on such logits and inputs.
     """
-    run = kernels("speculation", "triton").begin_draft_ if _runs(behind, backend) else begin_draft_reference
+    run = kernels("speculation", "triton").begin_draft_ if _runs(behind, inputs, backend) else begin_draft_reference
     run(behind, inputs, vocabulary, draft, greedy)
 
 
@@ -89,9 +92,9 @@ def draw_token_(
         inputs, vocabulary, draft, greedy, backend: as there. No more tokens are drawn than `draft.sums` has room for.
 
     Raises:
-        ValueError: if the backend cannot run here, or not on such logits.
+        ValueError: if the backend cannot run here, or not on such logits and inputs.
     """
-    run = kernels("speculation", "triton").draw_token_ if _runs(logits, backend) else draw_token_reference
+    run = kernels("speculation", "triton").draw_token_ if _runs(logits, inputs, backend) else draw_token_reference
     run(logits, inputs, vocabulary, draft, first, greedy)
 
 
@@ -110,7 +113,7 @@ def decide_(
     """Which bytes of each row's draft stand, and the verifier's own behind them.
 
     Args:
-        logits: fp32 or more, of 256 bytes, before each drafted byte and behind the last: T = L + 1.
+        logits: fp32 or more, of 256 bytes, before each drafted byte and behind the last: T = L + 1, L from 1.
         text: the draft, columns of a larger array.
         count: its bytes, at most L.
         draft, vocabulary: what it was drawn from; None for bytes without dice.
@@ -120,12 +123,14 @@ def decide_(
         backend: `auto`, `reference` or `triton`.
 
     Raises:
-        ValueError: if the logits are not `[B L+1 256]`, or the backend cannot run here, or not on such logits.
+        ValueError: if the logits are not `[B L+1 256]`, or the backend cannot run here, or not on such logits and
+            inputs.
     """
     expected = [text.shape[0], text.shape[1] + 1, 256]
-    if list(logits.shape) != expected:
-        raise ValueError(f"speculation: logits must be [B L+1 256], expected {expected}, got {list(logits.shape)}")
-    run = kernels("speculation", "triton").decide_ if _runs(logits, backend) else decide_reference
+    if list(logits.shape) != expected or text.shape[1] < 1:
+        got = list(logits.shape)
+        raise ValueError(f"speculation: logits must be [B L+1 256], L from 1, expected {expected}, got {got}")
+    run = kernels("speculation", "triton").decide_ if _runs(logits, inputs, backend) else decide_reference
     run(logits, text, count, draft, vocabulary, inputs, verdicts, greedy)
 
 
