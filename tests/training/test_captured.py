@@ -88,6 +88,8 @@ def test_who_watches_every_operation_sees_them(network, corpus):
         assert "watched" in obstacle(network, batch, None)
     with torch.utils.flop_counter.FlopCounterMode(display=False):
         assert "watched" in obstacle(network, batch, None)
+    with torch.autograd.graph.save_on_cpu():
+        assert "kept for the backward pass" in obstacle(network, batch, None)
     assert obstacle(network, batch, None) is None
 
 

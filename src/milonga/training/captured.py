@@ -276,6 +276,8 @@ def obstacle(network: Forward, batch: Batch, state: NetworkState | None) -> str 
         return "the network is compiled, wrapped or sharded"
     if torch.is_anomaly_enabled() or torch._C._len_torch_dispatch_stack() or _has_any_global_hook():
         return "every operation is watched"
+    if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
+        return "a hook takes what is kept for the backward pass"
     for module in network.modules():
         if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
             return "a module has a hook"

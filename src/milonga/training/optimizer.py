@@ -76,6 +76,7 @@ class Optimizer:
             scale: fp32 `[]` on the device: what gradients are divided by, in place. Only where `decides`.
             skip: fp32 `[]`: where it is 1 nothing moves and no step is counted. Only where `decides`.
         """
+        assert self.decides or (scale is None and skip is None), "Muon would take neither"
         for part in self.parts:
             if isinstance(part, _AdamW):
                 part.grad_scale, part.found_inf = scale, skip
