@@ -5,6 +5,7 @@ import torch
 
 from milonga.data.prepare import prepare
 from milonga.data.windows import WindowSampler
+from milonga.errors import UserError
 from milonga.layers.recompute import CHEAP
 from milonga.training import CapturedGradient, OptimizerConfig, build_optimizer, training_step
 from milonga.training.captured import StaticPasses, obstacle
@@ -166,6 +167,28 @@ def test_memory_that_runs_out_without_a_graph_is_not_tried_again():
     with pytest.raises(torch.OutOfMemoryError, match="no room"):
         CapturedGradient().beside(work)
     assert len(tries) == 1
+
+
+def test_no_memory_for_the_graph_gives_it_up_with_a_warning():
+    """A step that fitted before goes on as it did; what cannot be captured for another reason is an error."""
+
+    class Full:
+        def capture(self):
+            raise torch.OutOfMemoryError("no room")
+
+    captured = CapturedGradient()
+    with pytest.warns(
+        RuntimeWarning, match="no memory for a step as a CUDA graph; from here on every step is launched"
+    ):
+        assert not captured._made(Full)
+    assert not captured.captured and not captured._capture
+
+    def broken():
+        raise UserError("training.capture: this network's step cannot be captured")
+
+    captured = CapturedGradient()
+    with pytest.raises(UserError, match="cannot be captured"):
+        captured._made(broken)
 
 
 def test_the_setting_may_change_when_a_run_goes_on(tmp_path):

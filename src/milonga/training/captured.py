@@ -10,7 +10,7 @@ step that is not finite) stays outside.
 import gc
 import warnings
 from collections.abc import Callable, Hashable, Sequence
-from functools import cache
+from functools import cache, partial
 from typing import Literal, TypeVar
 
 import torch
@@ -130,11 +130,8 @@ class StaticPasses:
         try:
             with torch.cuda.stream(stream), captured_into(graph, stream):
                 self.run()
-        except torch.OutOfMemoryError as error:
-            raise torch.OutOfMemoryError(
-                f"training.capture: no memory for a step as a CUDA graph ({_line(error)}); take fewer rows at a time "
-                "(training.accumulation), or train with --set training.capture=false"
-            ) from error
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError as error:
             first = error.__context__ if isinstance(error.__context__, RuntimeError) else error
             raise UserError(
@@ -162,8 +159,9 @@ class CapturedGradient:
 
     The first two steps of a shape are launched kernel by kernel, the third captures. One shape is captured: batches of
     other shapes, packed batches and steps with a state are launched kernel by kernel in between, and so is everything
-    on a CPU. If such a step, or another piece of work given to `beside`, does not fit beside the graph's memory, the
-    graph is given up with a warning. `.grad` of the parameters is overwritten by the next step.
+    on a CPU. If there is no memory for the graph, or if such a step, or another piece of work given to `beside`, does
+    not fit beside its memory, the graph is given up with a warning. `.grad` of the parameters is overwritten by the
+    next step.
 
     What was captured is captured anew when parameters are moved or frozen and when the network's `recompute`,
     `residual_dtype` or `training` change; after other changes inside the network, call `release`.
@@ -199,7 +197,7 @@ class CapturedGradient:
         """As `gradient`.
 
         Raises:
-            UserError, torch.OutOfMemoryError: if the step cannot be captured; see `StaticPasses.capture`.
+            UserError: if the step cannot be captured for another reason than memory.
         """
 
         def plain() -> Gradient:
@@ -223,18 +221,38 @@ class CapturedGradient:
         if self._passes is not None and shape != self._shape:
             return self.beside(plain)
         with torch.cuda.device(device):
-            passes = self._passes
-            if passes is None:
-                if self._capturing is not None:
-                    self._capturing()
-                passes = StaticPasses(
-                    network, parameters, batch, device=device, precision=precision, accumulation=accumulation
+            if self._passes is None:
+                make = partial(
+                    StaticPasses,
+                    network,
+                    parameters,
+                    batch,
+                    device=device,
+                    precision=precision,
+                    accumulation=accumulation,
                 )
-                passes.capture()
-                self._passes, self._shape = passes, shape
+                if not self._made(make):
+                    return plain()
+                self._shape = shape
+            passes = self._passes
+            assert passes is not None
             tokens = passes.load(batch)
             passes.replay()
         return Gradient(passes.nats, passes.norm, tokens, None)
+
+    def _made(self, make: Callable[[], StaticPasses]) -> bool:
+        """Capture: -> whether there was memory for it. If not, a warning says that steps are launched as before."""
+        if self._capturing is not None:
+            self._capturing()
+        try:
+            passes = make()
+            passes.capture()
+        except torch.OutOfMemoryError:
+            passes = None
+        self._passes = passes
+        if passes is None:
+            self._give_up("there is no memory for a step as a CUDA graph")
+        return passes is not None
 
     def beside(self, work: Callable[[], Result]) -> Result:
         """`work()`, which allocates memory of its own; where that runs out, once more without the graph."""
@@ -243,15 +261,19 @@ class CapturedGradient:
         except torch.OutOfMemoryError:
             if self._passes is None:
                 raise
+        self._give_up("the captured step and what ran between two of its replays do not fit into memory together")
+        return work()
+
+    def _give_up(self, why: str) -> None:
         self.release()
         self._capture = False
+        gc.collect()  # what was half made
+        torch.cuda.empty_cache()
         warnings.warn(
-            "training.capture: the captured step and what ran between two of its replays do not fit into memory "
-            "together; from here on every step is launched kernel by kernel",
+            f"training.capture: {why}; from here on every step is launched kernel by kernel",
             RuntimeWarning,
-            stacklevel=2,
+            stacklevel=3,
         )
-        return work()
 
     def release(self) -> None:
         """Forget the graph and give its memory back. The next steps begin anew."""
