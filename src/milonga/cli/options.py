@@ -63,5 +63,10 @@ Rule = Annotated[
     ),
 ]
 Draft = Annotated[
-    int | None, typer.Option(help="With --drafter: bytes drafted at a time. [default: 8]", min=1, metavar="N")
+    str | None,
+    typer.Option(
+        help="With --drafter: bytes drafted at a time, or adaptive: as many as pay if a round costs 2 plain steps and "
+        "each drafted token 0.2 more. [default: 8]",
+        metavar="N|adaptive",
+    ),
 ]

@@ -1,17 +1,21 @@
 """Speculative decoding on the command line: what the options ask for, and what came of it."""
 
+import dataclasses
+import re
 from dataclasses import dataclass
 
 from milonga.errors import UserError
 from milonga.inference import LanguageModel, load
 from milonga.inference.acceptance import RULES, Rule
 from milonga.inference.captured import runner_for
+from milonga.inference.draft_length import AdaptiveDraft, DraftLength
 from milonga.inference.drafters import NgramDrafter
 from milonga.inference.model_drafter import ModelDrafter
 from milonga.inference.speculative import DRAFT, SpeculativeDecoder
 from milonga.inference.speculative_rows import SpeculationStats
 
 NGRAM = "ngram"
+ADAPTIVE = "adaptive"
 # The last bytes of a prompt, which the drafter reads too.
 CONTEXT = 1 << 16
 
@@ -22,14 +26,14 @@ class Speculation:
 
     drafter: str  # a run, or `ngram`
     rule: Rule
-    draft: int
+    draft: DraftLength
 
 
-def speculation_of(drafter: str | None, rule: str | None, draft: int | None) -> Speculation | None:
+def speculation_of(drafter: str | None, rule: str | None, draft: str | None) -> Speculation | None:
     """What the options ask for; None without `--drafter`.
 
     Raises:
-        UserError: if the others come without it, or there is no such rule.
+        UserError: if the others come without it, there is no such rule, or a draft is neither a number nor `adaptive`.
     """
     if drafter is None:
         for option, value in (("--rule", rule), ("--draft", draft)):
@@ -38,8 +42,20 @@ def speculation_of(drafter: str | None, rule: str | None, draft: int | None) -> 
         return None
     for known in RULES:
         if known == (rule or RULES[0]):
-            return Speculation(drafter, known, draft or DRAFT)
+            return Speculation(drafter, known, _length(draft))
     raise UserError(f"--rule: must be one of {', '.join(RULES)}, got '{rule}'")
+
+
+def _length(draft: str | None) -> DraftLength:
+    """What `--draft` says. Adaptive drafts have the default prices: ones that are timed would make the text depend on
+    the clock."""
+    if draft is None:
+        return DRAFT
+    if draft == ADAPTIVE:
+        return AdaptiveDraft()
+    if not re.fullmatch("[0-9]{1,9}", draft) or int(draft) < 1:
+        raise UserError(f"--draft: must be a number of bytes, 1 or more, or {ADAPTIVE}, got '{draft}'")
+    return int(draft)
 
 
 def decoder_of(lm: LanguageModel, asked: Speculation) -> SpeculativeDecoder:
@@ -56,10 +72,11 @@ def decoder_of(lm: LanguageModel, asked: Speculation) -> SpeculativeDecoder:
 def speculation_facts(decoder: SpeculativeDecoder) -> dict[str, object]:
     """What came of it; JSON-ready."""
     stats: SpeculationStats = decoder.stats
+    length = decoder.draft
     return {
         "rule": decoder.rule,
         "lossless": decoder.rule != "top_k",
-        "draft": decoder.draft,
+        "draft": {"adaptive": dataclasses.asdict(length)} if isinstance(length, AdaptiveDraft) else length,
         "drafted": stats.drafted,
         "accepted": stats.accepted,
         "acceptance": stats.acceptance,
