@@ -18,7 +18,7 @@ from milonga.layers.base import (
     last_columns_,
     write_,
 )
-from milonga.layers.linear import Linear
+from milonga.layers.linear import Linear, products
 from milonga.layers.norm import norm_of
 from milonga.layers.recompute import cheap
 from milonga.ops.causal_conv import causal_conv
@@ -190,32 +190,35 @@ class Attention(Layer):
         """Absolute position of every step, int64: `[T]` where all rows agree, else `[B T]`."""
         steps = torch.arange(time, device=device)
         if segments is not None:
-            lengths = segments.lengths.to(device)
-            offsets = segments.on(device)[:-1]
-            shift = -offsets if start is None else start - offsets
-            return (steps + torch.repeat_interleave(shift, lengths, output_size=time)).unsqueeze(0)
+            bounds = segments.on(device)
+            shift = -bounds[:-1] if start is None else start - bounds[:-1]
+            return (steps + torch.repeat_interleave(shift, bounds.diff(), output_size=time)).unsqueeze(0)
         return steps if start is None else start[:, None] + steps
 
     def commit(self, state: AttentionState | None, trace: AttentionTrace, keep: Keep | None = None) -> AttentionState:
         """As `Layer.commit`."""
-        batch, time = trace.k.shape[:2]
+        (batch, time), device = trace.k.shape[:2], trace.k.device
         bounds = sequence_bounds(batch, time, trace.segments)
         steps = keep_per_sequence(keep, bounds.diff())
+        if keep is None and trace.segments is None:  # made there: a copy to a GPU would wait for all it has to do
+            kept = torch.full((batch,), time, dtype=torch.int64, device=device)
+            starts = torch.arange(batch, device=device) * time
+        else:
+            kept, starts = (value.to(device, non_blocking=True) for value in (steps, bounds[:-1]))
         if state is None:
             rows = sequence_count(batch, trace.segments)
-            state = self.init_state(rows, device=trace.k.device, dtype=trace.k.dtype)
-        kept = steps.to(trace.k.device)
-        state = self._with_room(state, kept)
-        starts = bounds[:-1].to(trace.k.device)
+            state = self._with_room(self.init_state(rows, device=device, dtype=trace.k.dtype), steps)
+        else:
+            state = self._with_room(state, state.position + kept)
         k, v = (_write_ring(r, n, state.position, kept, starts) for r, n in ((state.k, trace.k), (state.v, trace.v)))
         conv = last_columns(state.conv, trace.columns, steps, trace.segments)
         return AttentionState(k, v, state.position + kept, conv)
 
-    def _with_room(self, state: AttentionState, kept: Tensor) -> AttentionState:
-        """For full attention: the same state with capacity for `kept` more steps, doubled as often as needed."""
-        if self.config.window is not None or kept.numel() == 0:
+    def _with_room(self, state: AttentionState, ends: Tensor) -> AttentionState:
+        """For full attention: the same state with capacity up to the positions `ends`, doubled as often as needed."""
+        if self.config.window is not None or ends.numel() == 0:
             return state
-        capacity = buffer_capacity(int((state.position + kept).max()), state.k.shape[1])
+        capacity = buffer_capacity(int(ends.max()), state.k.shape[1])
         extra = capacity - state.k.shape[1]
         if extra == 0:
             return state
@@ -245,7 +248,7 @@ class Attention(Layer):
 
     def step_(self, x: Float[Tensor, "B 1 D"], state: AttentionState, norm: nn.Module) -> Float[Tensor, "B 1 D"]:
         """As `Layer.step_`; on a GPU with the products of `linear_step`, and one slot written by `ring_write_`."""
-        before = norm_of(norm)
+        before = norm_of(norm) if products(self.qkv_proj, self.out_proj) else None
         if before is None or self.config.short_conv or not has_step_kernels(x):
             return super().step_(x, state, norm)
         rows = x[:, 0]
@@ -264,7 +267,7 @@ class Attention(Layer):
         self, x: Float[Tensor, "B T D"], state: AttentionState, norm: nn.Module
     ) -> tuple[Float[Tensor, "B T D"], AttentionTrace]:
         """As `Layer.read_piece`; on a GPU with the products of `linear_step`."""
-        before = norm_of(norm)
+        before = norm_of(norm) if products(self.qkv_proj, self.out_proj) else None
         if before is None or self.config.short_conv or not has_piece_kernels(x):
             return super().read_piece(x, state, norm)
         rows = x.flatten(0, 1)

@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Float, Int
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from milonga.segments import Segments, sequence_bounds
 from milonga.state import State, named_tensors, nbytes
@@ -136,6 +137,13 @@ class Layer(nn.Module):
             yield name, self.get_parameter(name)
 
 
+def bare(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether a module is of this very kind and nobody looks on by a hook, so that what takes its weights past the
+    call does what calling it does. A parametrization makes a module of another kind."""
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return type(module) is kind and not any(hooks) and not _has_any_global_hook()
+
+
 def keep_per_sequence(keep: Keep | None, lengths: Tensor) -> Tensor:
     """`keep` as int64 `[S]` on the CPU, checked against the lengths of the traced pieces.
 
@@ -202,9 +210,10 @@ def last_columns(
         return history.clone()
     starts = sequence_bounds(new.shape[0], new.shape[1], segments)[:-1]
     wanted = keep[:, None] + torch.arange(columns) - columns  # index into the piece; negative: into the history
-    fresh = (wanted >= 0).to(new.device)
-    from_new = (starts[:, None] + wanted.clamp_min(0)).clamp_max(new.shape[0] * new.shape[1] - 1).to(new.device)
-    from_old = (wanted + columns).clamp(0, columns - 1).to(new.device)
+    from_new = (starts[:, None] + wanted.clamp_min(0)).clamp_max(new.shape[0] * new.shape[1] - 1)
+    from_old = (wanted + columns).clamp(0, columns - 1)
+    # a copy to a GPU that may be waited for would wait for all that the GPU has to do
+    fresh, from_new, from_old = (index.to(new.device, non_blocking=True) for index in (wanted >= 0, from_new, from_old))
     taken = new.flatten(0, 1)[from_new]
     kept = history.gather(1, from_old[..., None].expand(-1, -1, history.shape[2]))
     return torch.where(fresh[..., None], taken.to(history.dtype), kept)

@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from milonga.layers.base import bare
 from milonga.layers.recompute import cheap
 from milonga.ops.linear import linear, linear_split, quantize
 
@@ -35,6 +36,12 @@ class Linear(nn.Linear):
             return self.weight
         dtype = torch.get_autocast_dtype("cuda")
         return cheap("cast", self.weight.to(dtype), partial(torch.Tensor.to, dtype=dtype), self.weight)
+
+
+def products(*modules: nn.Module) -> bool:
+    """Whether these are products with their weights and nothing else: no hook that would not be called, no
+    parametrization, no stored weights."""
+    return all(bare(module, Linear) for module in modules)
 
 
 class StoredLinear(nn.Module):

@@ -7,14 +7,13 @@ import torch
 from jaxtyping import Float, Float32, Float64
 from pydantic import Field, PositiveInt
 from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook
 
 from milonga.layers.base import Keep, KeepFp32, Layer, LayerConfig, keep_per_sequence, kept_steps, last_columns
-from milonga.layers.linear import Linear, StoredLinear
+from milonga.layers.linear import Linear, StoredLinear, products
 from milonga.layers.norm import norm_of
 from milonga.layers.recompute import cheap, forgotten
 from milonga.ops.causal_conv import causal_conv
-from milonga.ops.decode_step import MambaWeights, ReplayInputs, has_step_kernels, mamba_replay_, mamba_step_
+from milonga.ops.decode_step import MambaWeights, Norm, ReplayInputs, has_step_kernels, mamba_replay_, mamba_step_
 from milonga.ops.mamba_piece import has_piece_kernels, mamba_piece
 from milonga.ops.mamba_step import StepResult, StepWeights, StoredWeight, has_step, mamba_step, prepare_step
 from milonga.ops.projected_scan import projected_scan
@@ -255,19 +254,11 @@ class Mamba(Layer):
         return self.out_proj(y), final, dt, B
 
     def _plain(self, u: Tensor) -> bool:
-        """Whether the projections after the convolution are products of one dtype and nothing else: no hook that would
-        not be called, no parametrization, no stored weights."""
-        if _has_any_global_hook():
+        """Whether the projections after the convolution are products of one dtype and nothing else."""
+        modules = self.x_proj, self.dt_proj, self.out_proj
+        if not products(*modules):
             return False
-        autocast = torch.is_autocast_enabled(u.device.type)
-        for module in (self.x_proj, self.dt_proj, self.out_proj):
-            if type(module) is not Linear or (module.weight.dtype != u.dtype and not autocast):
-                return False
-            if module._forward_hooks or module._forward_pre_hooks:
-                return False
-            if module._backward_hooks or module._backward_pre_hooks:
-                return False
-        return True
+        return torch.is_autocast_enabled(u.device.type) or all(module.weight.dtype == u.dtype for module in modules)
 
     def _step(self, x: Float[Tensor, "B 1 D"], state: MambaState) -> StepResult | None:
         """One token of each row by the kernel for decoding on a CPU; None where that does not run."""
@@ -322,8 +313,8 @@ class Mamba(Layer):
 
     def step_(self, x: Float[Tensor, "B 1 D"], state: MambaState, norm: nn.Module) -> Float[Tensor, "B 1 D"]:
         """As `Layer.step_`; on a GPU the five kernels of `mamba_step_`."""
-        before = norm_of(norm)
-        if before is None or self.inner % 16 or not has_step_kernels(x):
+        before = self._kernel_norm(norm)
+        if before is None or not has_step_kernels(x):
             return super().step_(x, state, norm)
         return mamba_step_(x[:, 0], before, self._kernel_weights(), state.conv, state.ssm)[:, None]
 
@@ -331,11 +322,16 @@ class Mamba(Layer):
         self, x: Float[Tensor, "B T D"], state: MambaState, norm: nn.Module
     ) -> tuple[Float[Tensor, "B T D"], MambaTrace]:
         """As `Layer.read_piece`; on a GPU the kernels of `mamba_piece`, whose trace has no final state."""
-        before = norm_of(norm)
-        if before is None or self.inner % 16 or not has_piece_kernels(x):
+        before = self._kernel_norm(norm)
+        if before is None or not has_piece_kernels(x):
             return super().read_piece(x, state, norm)
         y, added = mamba_piece(x, before, self._kernel_weights(), state.conv, state.ssm)
         return y, MambaTrace(added.columns, None, added.x, added.dt, added.B, None)
+
+    def _kernel_norm(self, norm: nn.Module) -> Norm | None:
+        """The norm as the kernels on a GPU take it; None if they cannot stand for this layer behind it."""
+        plain = self.inner % 16 == 0 and products(self.in_proj, self.x_proj, self.dt_proj, self.out_proj)
+        return norm_of(norm) if plain else None
 
     def _kernel_weights(self) -> MambaWeights:
         scan = self.scan

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from milonga.layers.base import KeepFp32
+from milonga.layers.base import KeepFp32, bare
 from milonga.ops.decode_step import Norm
 from milonga.ops.layer_norm import layer_norm
 from milonga.ops.rms_norm import rms_norm
@@ -56,10 +56,11 @@ class LayerNorm(KeepFp32):
 
 
 def norm_of(module: nn.Module) -> Norm | None:
-    """The norm as the kernels of a decoded step take it; None for a module that is no norm of this library."""
-    if isinstance(module, RMSNorm):
+    """The norm as the kernels of a decoded step take it; None for a module that is no norm of this library, or is
+    looked at by a hook."""
+    if isinstance(module, RMSNorm) and bare(module, RMSNorm):
         return Norm(module.weight, None, module.eps)
-    if isinstance(module, LayerNorm):
+    if isinstance(module, LayerNorm) and bare(module, LayerNorm):
         return Norm(module.weight, module.bias, module.eps)
     return None
 
