@@ -64,6 +64,7 @@ def check(inputs: list[Tensor], position: Tensor | None, segments: Segments | No
         ((50, 50), 2, 1, (16, 16), 20, (19, (5, 100)), False),
         ((40, 0, 50), 2, 2, (16, 16), None, (40, (5, 30, 33)), True),
         ((40, 0, 50), 2, 2, (16, 16), 50, (57, (150, 30, 33)), True),
+        ((35, 35, 35), 2, 1, (20, 16), None, (150, (150, 64, 0)), False),
     ],
 )
 def test_matches_reference(lengths, heads, groups, widths, window, past, packed) -> None:

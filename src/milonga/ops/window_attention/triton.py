@@ -175,7 +175,7 @@ def forward(
             plan.q, plan.k, plan.v, plan.past_k, plan.past_v, plan.position, plan.bounds, y, stats,
             plan.time, plan.sequences, plan.window, plan.scale * LOG2_E, plan.slots, plan.heads,
             *plan.strides(plan.q, plan.k, plan.v, plan.past_k, plan.past_v),
-            **plan.sizes, PAST=plan.past, **_launch(plan.tuning.forward),
+            **plan.sizes, PAST=plan.past, ALL=plan.past and window is None, **_launch(plan.tuning.forward),
         )  # fmt: skip
     return y, stats
 

@@ -116,6 +116,21 @@ def attend(acc, total, peak, q, k, v, seen, scale, MASK: tl.constexpr, CAREFUL: 
 
 
 @triton.jit
+def attend_whole_past(
+    acc, total, peak, q, k_base, v_base, cols, k_at, v_at, count, scale, k_step, v_step,
+    K: tl.constexpr, V: tl.constexpr, WK: tl.constexpr, WV: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The first `count` slots, a multiple of BN, that every query sees: without a window keys lie in their order."""
+    for _ in range(0, count, BN):
+        k_tile = tile(k_base, cols, k_step, k_at, cols >= 0, WK, K, False)
+        v_tile = tile(v_base, cols, v_step, v_at, cols >= 0, WV, V, False)
+        acc, total, peak = attend(acc, total, peak, q, k_tile, v_tile, None, scale, False, False, PRECISION)
+        k_base += BN * k_step
+        v_base += BN * v_step
+    return acc, total, peak
+
+
+@triton.jit
 def attend_past(
     acc, total, peak, q, k_base, v_base, t, cols, k_at, v_at, first, held, head, P, steps, window, scale,
     k_step, v_step, K: tl.constexpr, V: tl.constexpr, WK: tl.constexpr, WV: tl.constexpr, BN: tl.constexpr,
@@ -168,9 +183,13 @@ def attention_forward(
     q_row, q_step, q_head, k_row, k_step, k_head, v_row, v_step, v_head,
     pk_row, pk_step, pk_head, pv_row, pv_step, pv_head,
     K: tl.constexpr, V: tl.constexpr, WK: tl.constexpr, WV: tl.constexpr, GROUP: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, PACKED: tl.constexpr, PAST: tl.constexpr, PRECISION: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, PACKED: tl.constexpr, PAST: tl.constexpr, ALL: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """y `[B T H WV]` contiguous, and of each query the logarithm (base 2) of its sum of exponentials, `[B H T]`."""
+    """y `[B T H WV]` contiguous, and of each query the logarithm (base 2) of its sum of exponentials, `[B H T]`.
+
+    ALL: there is no window, and the past is a buffer that never wraps.
+    """
     # the last queries of a sequence see the most keys: they go first
     index = tl.num_programs(0) - 1 - tl.program_id(0)
     h = tl.program_id(1)
@@ -196,8 +215,15 @@ def attention_forward(
     pv_base = past_v + sequence.to(tl.int64) * pv_row + g.to(tl.int64) * pv_head
     oldest = tl.maximum(-held, t0 - window + 1)
     if PAST:
+        rest = oldest
+        if ALL:
+            rest = held // BN * BN - held
+            acc, total, peak = attend_whole_past(
+                acc, total, peak, q_tile, pk_base, pv_base, cols, k_at, v_at, held + rest, scale, pk_step, pv_step,
+                K, V, WK, WV, BN, PRECISION,
+            )  # fmt: skip
         acc, total, peak = attend_past(
-            acc, total, peak, q_tile, pk_base, pv_base, t, cols, k_at, v_at, oldest, held, head, P, steps, window,
+            acc, total, peak, q_tile, pk_base, pv_base, t, cols, k_at, v_at, rest, held, head, P, steps, window,
             scale, pk_step, pv_step, K, V, WK, WV, BN, False, PRECISION,
         )  # fmt: skip
     first, whole, edge, end = ends_of_queries(t0, steps, window, BM, BN)
