@@ -1,5 +1,7 @@
 """Rounds on the device write what rounds from the host write: the same bytes, whatever drafts. Here without graphs."""
 
+import gc
+import weakref
 from functools import cache
 
 import numpy as np
@@ -10,7 +12,7 @@ from hypothesis import strategies as st
 
 from milonga.data.bpe import BpeCodec
 from milonga.errors import UserError
-from milonga.inference import draft_length
+from milonga.inference import device_rows, draft_length
 from milonga.inference.captured import CapturedRunner
 from milonga.inference.device_drafting import preserving
 from milonga.inference.device_rows import DeviceRows
@@ -223,6 +225,67 @@ def test_drafts_longer_than_a_text_may_still_get(kind):
         texts, *_ = write(mine, [b"abc the mat"], [90], [Sampling(temperature=0.8, seed=3)])
         found.append((texts, mine.stats.accepted, mine.stats.rounds))
     assert found[0] == found[1] and len(mine._buffers._made) == 1
+
+
+def started(decoder, prompts, limit):
+    """Rows behind prompts, each with its seed; and the drafter's stream."""
+    sessions = [decoder.verifier.session() for _ in prompts]
+    for session, prompt in zip(sessions, prompts, strict=True):
+        session.feed(prompt)
+    marks = [session.mark() for session in sessions]
+    samplers = [session.sampler(Sampling(seed=seed), limit) for seed, session in enumerate(sessions)]
+    state, logits = merge([mark.state for mark in marks]), torch.stack([mark.logits for mark in marks])
+    stream = decoder.drafter.start(prompts)
+    return decoder.rows(state, logits, stream, samplers, [limit] * len(prompts)), stream
+
+
+@every_kind
+def test_buffers_that_were_not_used_for_longest_go(kind, monkeypatch):
+    """Drafts of more lengths than buffers are kept for, a round each in turn: every text is what it is alone, and what
+    went is free at once."""
+    monkeypatch.undo()
+    monkeypatch.setattr(device_rows, "KEPT", 2)
+    mine, lengths, alone = decoder(kind, "exact", 6, device=True), (31, 39, 47), []
+    for mine.draft in lengths:
+        texts, *_ = write(mine, [b"abc the"], [50], [Sampling(seed=0)])
+        alone += texts
+    assert [limit for _, limit, _ in mine._buffers._made] == [39, 47]
+    oldest = [weakref.ref(buffers) for buffers in next(iter(mine._buffers._made.values())) if buffers is not None]
+    runs = [started(mine, [b"abc the"], 50)[0] for _ in lengths]
+    written = [b""] * len(lengths)
+    gc.disable()
+    try:
+        while not all(rows.done for rows in runs):
+            for index, (rows, mine.draft) in enumerate(zip(runs, lengths, strict=True)):
+                written[index] += rows.round()[0]
+                assert len(mine._buffers._made) <= 2
+        assert [reference() for reference in oldest] == [None] * len(oldest)
+    finally:
+        gc.enable()
+    assert written == alone
+
+
+@every_kind
+def test_texts_that_nobody_holds_are_forgotten(kind):
+    """But for the stream, where somebody holds that: it goes on behind what was written, in buffers of any size."""
+    texts = []
+    for draft in (6, 40):  # into the same buffers, and into others
+        mine = decoder(kind, "greedy", 6, device=True)
+        rows, stream = started(mine, [b"abc the"], 60)
+        text = b"".join(rows.round()[0] for _ in range(5))
+        assert len(mine._buffers._owners) == 1
+        reference = weakref.ref(rows)
+        del rows
+        assert reference() is None and not mine._buffers._owners
+        mine.draft = draft
+        session = mine.verifier.session()
+        session.feed(b"abc the" + text)
+        texts.append(text + b"".join(mine.generate_bytes(session, 30, stream=stream)))
+        fresh = mine.verifier.session()
+        fresh.feed(b"abc the" + text)
+        again = b"".join(mine.generate_bytes(fresh, 30, context=b"abc the" + text))
+        assert texts[-1] == text + again
+    assert texts[0] == texts[1]
 
 
 def test_adaptive_drafts_have_no_more_tokens_than_bytes(monkeypatch):

@@ -147,6 +147,12 @@ class DeviceDrafter:
     def _wide(self) -> torch.dtype:
         return torch.promote_types(self._network.head.weight.dtype, torch.float32)
 
+    def free(self) -> None:
+        """Let go of the graphs, which hold this drafter: with the last reference to it its memory is free."""
+        self._read.clear()
+        self._settle.clear()
+        self._step, self._last = None, None
+
     @torch.no_grad()
     def take(self, stream: ModelStream) -> None:
         """Draft for this stream's texts from here on; that of the one before is where it was left."""

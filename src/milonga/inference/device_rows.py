@@ -6,6 +6,7 @@ the device (a byte too close to call, a text that ends amid what stood) it does 
 """
 
 import time
+import weakref
 from collections.abc import Callable, Sequence
 
 import torch
@@ -30,13 +31,17 @@ from milonga.ops.speculation import Vocabulary
 from milonga.state import clone
 
 LARGEST = 1 << 28  # bytes of the tables of a vocabulary, at most
+KEPT = 4  # sets of buffers, with their graphs; the one that was not used for longest goes
+
+
+_Key = tuple[int, int, bool]  # rows, bytes of a draft at most, greedy
 
 
 class DeviceBuffers:
     """The static buffers of a verifier and its drafter, made for the numbers of rows that are asked for.
 
     One set of texts stands in those of a number of rows. Where another comes, the first is sent home, and comes back
-    when it goes on.
+    when it goes on. Texts that nobody holds any more are forgotten.
 
     Args:
         verifier: the byte model.
@@ -47,8 +52,8 @@ class DeviceBuffers:
     def __init__(self, verifier: LanguageModel, drafter: Drafter, tie: float):
         self._verifier, self._drafter, self._tie = verifier, drafter, tie
         self._vocabulary: Vocabulary | None = None
-        self._made: dict[tuple[int, int, bool], tuple[DeviceVerifier, DeviceDrafter | None]] = {}
-        self._owners: dict[tuple[int, int, bool], "DeviceRows"] = {}
+        self._made: dict[_Key, tuple[DeviceVerifier, DeviceDrafter | None]] = {}  # the one used last comes last
+        self._owners: weakref.WeakValueDictionary[_Key, DeviceRows] = weakref.WeakValueDictionary()
 
     @staticmethod
     def serves(verifier: LanguageModel, drafter: Drafter, runner: Runner) -> bool:
@@ -66,22 +71,44 @@ class DeviceBuffers:
     def take(self, owner: "DeviceRows", greedy: bool, longest: int) -> tuple[DeviceVerifier, DeviceDrafter | None]:
         """The buffers, with this owner's texts in them."""
         key = owner.count, -(-(max(longest, LONGEST) + 1) // PIECE) * PIECE - 1, greedy
-        if key not in self._made:
-            self._made[key] = self._make(*key)
-        verifier, drafter = self._made[key]
+        made = self._made.pop(key, None)
+        if made is None:
+            while len(self._made) >= KEPT:
+                self._drop(next(iter(self._made)))
+            made = self._make(*key)
+        self._made[key] = verifier, drafter = made
         before = self._owners.get(key)
         if before is not owner:
             if before is not None:
                 before.leave()
             owner.leave()  # buffers of another size
             self.give_back(owner)
+            self._send_streams_home()
             self._owners[key] = owner
             verifier.load(owner.state)
         return verifier, drafter
 
     def give_back(self, owner: "DeviceRows") -> None:
         """These texts are through."""
-        self._owners = {key: other for key, other in self._owners.items() if other is not owner}
+        for key in [key for key, other in self._owners.items() if other is owner]:
+            del self._owners[key]
+
+    def _send_streams_home(self) -> None:
+        """Texts that nobody holds may have left a stream that somebody does."""
+        for key, (_, drafter) in self._made.items():
+            if drafter is not None and key not in self._owners:
+                drafter.leave()
+
+    def _drop(self, key: _Key) -> None:
+        """Free a set of buffers; the texts in it, if any, are sent home."""
+        verifier, drafter = self._made.pop(key)
+        owner = self._owners.pop(key, None)
+        if owner is not None:
+            owner.leave()
+        if drafter is not None:
+            drafter.leave()
+            drafter.free()
+        verifier.free()
 
     def _make(self, rows: int, limit: int, greedy: bool) -> tuple[DeviceVerifier, DeviceDrafter | None]:
         network, tie = self._verifier.network, self._tie if greedy else 0.0

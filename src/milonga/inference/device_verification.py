@@ -95,6 +95,12 @@ class DeviceVerifier:
         self._last: tuple[tuple[int, Mode], tuple[Trace, ...]] | None = None
         self._moved = False
 
+    def free(self) -> None:
+        """Let go of the graphs, which hold this verifier: with the last reference to it its memory is free."""
+        self._passes.clear()
+        self._again.clear()
+        self._last = None
+
     @torch.no_grad()
     def load(self, state: NetworkState) -> None:
         """Stand behind other texts."""
