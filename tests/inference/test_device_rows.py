@@ -22,7 +22,7 @@ from milonga.inference.language_model import LanguageModel
 from milonga.inference.model_drafter import ModelDrafter
 from milonga.inference.sampling import Sampling
 from milonga.inference.speculative import SpeculativeDecoder
-from milonga.inference.speculative_rows import SpeculativeRows
+from milonga.inference.speculative_rows import SpeculationStats, SpeculativeRows
 from milonga.state import merge
 from tests.inference.helpers import CONFIGS, MAMBA, SAMBA, opinionated
 
@@ -233,7 +233,7 @@ def started(decoder, prompts, limit):
     for session, prompt in zip(sessions, prompts, strict=True):
         session.feed(prompt)
     marks = [session.mark() for session in sessions]
-    samplers = [session.sampler(Sampling(seed=seed), limit) for seed, session in enumerate(sessions)]
+    samplers = [session.sampler(decoder.settings(Sampling(seed=seed)), limit) for seed, session in enumerate(sessions)]
     state, logits = merge([mark.state for mark in marks]), torch.stack([mark.logits for mark in marks])
     stream = decoder.drafter.start(prompts)
     return decoder.rows(state, logits, stream, samplers, [limit] * len(prompts)), stream
@@ -266,26 +266,35 @@ def test_buffers_that_were_not_used_for_longest_go(kind, monkeypatch):
 
 
 @every_kind
-def test_texts_that_nobody_holds_are_forgotten(kind):
-    """But for the stream, where somebody holds that: it goes on behind what was written, in buffers of any size."""
-    texts = []
-    for draft in (6, 40):  # into the same buffers, and into others
-        mine = decoder(kind, "greedy", 6, device=True)
-        rows, stream = started(mine, [b"abc the"], 60)
-        text = b"".join(rows.round()[0] for _ in range(5))
-        assert len(mine._buffers._owners) == 1
-        reference = weakref.ref(rows)
-        del rows
-        assert reference() is None and not mine._buffers._owners
-        mine.draft = draft
-        session = mine.verifier.session()
+@pytest.mark.parametrize("draft", [6, 40], ids=["the same buffers", "others"])
+def test_texts_that_nobody_holds_are_forgotten(kind, draft):
+    """But for the stream, where somebody holds that: it goes on behind what was written, with drafts as good."""
+    mine = decoder(kind, "exact", 6, device=True)
+    rows, stream = started(mine, [b"abc the"], 120)
+    text = b""
+    while len(text) < 60:
+        text += rows.round()[0]
+    assert len(mine._buffers._owners) == 1
+    reference = weakref.ref(rows)
+    del rows
+    assert reference() is None and not mine._buffers._owners
+    mine.draft, found = draft, []
+    for how in ({"stream": stream}, {"context": b"abc the" + text}):
+        session, mine.stats = mine.verifier.session(), SpeculationStats()
         session.feed(b"abc the" + text)
-        texts.append(text + b"".join(mine.generate_bytes(session, 30, stream=stream)))
-        fresh = mine.verifier.session()
-        fresh.feed(b"abc the" + text)
-        again = b"".join(mine.generate_bytes(fresh, 30, context=b"abc the" + text))
-        assert texts[-1] == text + again
-    assert texts[0] == texts[1]
+        found.append(
+            (
+                b"".join(mine.generate_bytes(session, 50, Sampling(seed=4), **how)),
+                mine.stats.drafted,
+                mine.stats.accepted,
+            )
+        )
+    assert found[0] == found[1]
+    if kind != "ngram":
+        whole = b"abc the" + text + found[0][0]
+        _, behind, count = stream._read(whole[: stream._bytes[0]])
+        assert count == stream._lengths[0] > 20
+        np.testing.assert_allclose(stream.behind.numpy(), behind.numpy(), atol=1e-4)
 
 
 def test_adaptive_drafts_have_no_more_tokens_than_bytes(monkeypatch):
