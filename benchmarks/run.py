@@ -15,7 +15,7 @@ from pathlib import Path
 from figures import Figure, lines
 
 FOLDER = Path(__file__).parent
-SHARED = {"run", "figures"}
+SHARED = {"run", "figures", "speculation_models"}
 ASKED = {"soak", "speculation", "speculation_gpu", "scan_gpu"}  # only by name: half an hour, or a GPU
 
 

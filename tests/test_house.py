@@ -8,6 +8,10 @@ import pytest
 SOURCE = Path(__file__).resolve().parents[1] / "src" / "milonga"
 FILES = sorted(SOURCE.rglob("*.py"))
 NAMES = [str(path.relative_to(SOURCE)) for path in FILES]
+BENCHMARKS = sorted((SOURCE.parents[1] / "benchmarks").glob("*.py"))
+every_file = pytest.mark.parametrize(
+    "path", [*FILES, *BENCHMARKS], ids=[*NAMES, *(f"benchmarks/{path.name}" for path in BENCHMARKS)]
+)
 LONGEST = 400  # lines of a file that holds no kernels
 FORWARDS = {"forward", "advance", "commit", "commit_"}
 
@@ -52,12 +56,12 @@ def _holds_kernels(path):
     return "kernels" in path.stem or path.stem.startswith("gluon_") or path.parts[-2:] == ("window_attention", "cpu.py")
 
 
-@pytest.mark.parametrize("path", FILES, ids=NAMES)
+@every_file
 def test_no_file_is_long_but_for_kernels(path):
     lines = len(path.read_text().splitlines())
     assert lines <= LONGEST or _holds_kernels(path), f"{path}: {lines} lines"
 
 
-@pytest.mark.parametrize("path", FILES, ids=NAMES)
+@every_file
 def test_every_module_says_what_it_is(path):
     assert ast.get_docstring(ast.parse(path.read_text())), path

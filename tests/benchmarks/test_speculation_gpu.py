@@ -40,6 +40,14 @@ def benchmark(monkeypatch):
     return speculation_gpu
 
 
+@pytest.fixture
+def models(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import speculation_models
+
+    return speculation_models
+
+
 def test_trained_and_measured_in_one_go(tmp_path):
     data = tmp_path / "data"
     data.mkdir()
@@ -67,28 +75,28 @@ def test_trained_and_measured_in_one_go(tmp_path):
             assert f"{what}: acceptance" in done.stdout
 
 
-def test_texts_are_cut_to_the_size_asked_for(benchmark, tmp_path):
+def test_texts_are_cut_to_the_size_asked_for(models, tmp_path):
     for number in range(2):
         (tmp_path / f"train-{number}.txt").write_text(WORDS * (1 + 99 * number))
     (tmp_path / "valid.txt").write_text(WORDS * 20)
-    texts = dict(benchmark.documents(tmp_path, "train", 1000))
+    texts = dict(models.documents(tmp_path, "train", 1000))
     assert {name: len(text) for name, text in texts.items()} == {"train-0.txt": len(WORDS), "train-1.txt": 500}
     with pytest.raises(UserError, match="no file there has 'test'"):
-        list(benchmark.documents(tmp_path, "test", 1000))
-    train, valid = benchmark.write_texts(tmp_path, tmp_path / "out", 0.01)
+        list(models.documents(tmp_path, "test", 1000))
+    train, valid = models.write_texts(tmp_path, tmp_path / "out", 0.01)
     assert sum(path.stat().st_size for path in train.glob("*.txt")) == 5000 + len(WORDS)
     assert sum(path.stat().st_size for path in valid.glob("*.txt")) == 1000
-    assert [len(prompt) for prompt in benchmark.prompts(valid, 4)] == [benchmark.PROMPT] * 4
+    assert [len(prompt) for prompt in models.prompts(valid, 4)] == [models.PROMPT] * 4
     with pytest.raises(UserError, match="too few for 900 prompts"):
-        benchmark.prompts(valid, 900)
+        models.prompts(valid, 900)
 
 
-def test_sizes(benchmark, tmp_path):
+def test_sizes(benchmark, models, tmp_path):
     given = benchmark.arguments().parse_args(["--data", str(tmp_path), "--out", str(tmp_path), "--device", "cpu"])
-    config = benchmark.settings("verifier", given.verifier_size, 1.0, given, None)
+    config = models.settings("verifier", given.verifier_size, 1.0, given, None)
     assert parameter_count(config.model) >= 100e6
     with pytest.raises(UserError, match="WIDTHxREPEATS"):
-        benchmark.settings("verifier", "large", 1.0, given, None)
+        models.settings("verifier", "large", 1.0, given, None)
 
 
 @pytest.mark.parametrize(("acceptance", "draft", "expected"), [(0.0, 8, 1.0), (1.0, 8, 9.0), (0.5, 2, 1.75)])
