@@ -7,40 +7,19 @@ from milonga.evaluation.decoding import first_divergence
 from milonga.inference import LanguageModel, Sampling
 from milonga.inference.captured import CapturedRunner, Decoder
 from milonga.inference.runner import NetworkRunner
-from milonga.layers import AttentionConfig, MambaConfig, SwiGLUConfig
-from milonga.models import ModelConfig
 from milonga.ops.decode_step import ERROR_BOUND, MambaWeights, Norm, ReplayInputs, reference, triton
 from milonga.state import clone, named_tensors, select
+from tests.gpu.helpers import CONFIGS, scaled
 from tests.laws.test_laws import SPLIT_BOUND, assert_same_state
 from tests.ops.helpers import relative_rms
 
 pytestmark = pytest.mark.gpu
 
-SAMBA = ModelConfig(
-    vocab_size=256,
-    d_model=64,
-    pattern="mamba mlp swa mlp",
-    repeats=2,
-    layers={
-        "mamba": MambaConfig(),
-        "swa": AttentionConfig(heads=4, kv_heads=2, head_dim=32, window=7),
-        "mlp": SwiGLUConfig(d_hidden=96),
-    },
-)
-CONFIGS = {
-    "samba": SAMBA,
-    "growing": SAMBA.replace_layer("swa", window=None),
-    "conv": SAMBA.replace_layer("swa", short_conv=3),
-    "mamba": SAMBA.replace(pattern="mamba", repeats=3, norm="layer_norm", tied=False),
-}
 every_model = pytest.mark.parametrize("name", list(CONFIGS))
 
 
 def network_of(name: str, dtype: torch.dtype = torch.float32):
-    network = CONFIGS[name].build(seed=0)
-    with torch.no_grad():
-        network.embedding.weight.mul_(20)
-    return network.cuda().to(dtype).eval()
+    return scaled(CONFIGS[name], dtype=dtype)
 
 
 def read(network, tokens, state=None):

@@ -3,66 +3,20 @@
 import pytest
 import torch
 
-from milonga.data.bpe import BpeCodec
 from milonga.inference import LanguageModel, Sampling
-from milonga.inference.captured import CapturedRunner
 from milonga.inference.device_rows import DeviceRows
 from milonga.inference.draft_length import AdaptiveDraft
-from milonga.inference.drafters import NgramDrafter
-from milonga.inference.model_drafter import ModelDrafter
 from milonga.inference.passes import read_piece
-from milonga.inference.speculative import SpeculativeDecoder
 from milonga.inference.speculative_rows import SpeculativeRows
-from milonga.layers import AttentionConfig, MambaConfig, SwiGLUConfig
 from milonga.models import ModelConfig
 from milonga.ops.decode_step import MambaWeights, Norm
 from milonga.ops.mamba_piece import ERROR_BOUND, triton
 from milonga.ops.mamba_piece.reference import mamba_piece_reference
+from tests.gpu.helpers import MAMBA, PROMPTS, WIDE, decoder, scaled, write, written_both_ways
+from tests.inference.helpers import FAILURES, assert_undone
 from tests.ops.helpers import relative_rms
 
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore:.*deterministic")]
-
-MERGES = [(b" ", b"t"), (b"h", b"e"), (b" t", b"he"), (b" the", b"m"), (b"a", b"b"), (b"ab", b"c"), (b"c", b"a")]
-SAMBA = ModelConfig(
-    vocab_size=256,
-    d_model=64,
-    pattern="mamba mlp swa mlp",
-    repeats=2,
-    layers={
-        "mamba": MambaConfig(),
-        "swa": AttentionConfig(heads=4, kv_heads=2, head_dim=32, window=33),
-        "mlp": SwiGLUConfig(d_hidden=96),
-    },
-)
-MAMBA = SAMBA.replace(pattern="mamba mlp", repeats=3)
-
-
-def model(config: ModelConfig, codec: BpeCodec | None = None, seed: int = 0, dtype=torch.float32) -> LanguageModel:
-    network = config.replace(vocab_size=256 if codec is None else codec.vocab_size).build(seed=seed)
-    with torch.no_grad():
-        network.embedding.weight.mul_(20)
-    return LanguageModel(network.cuda().to(dtype), codec)
-
-
-def decoder(lm: LanguageModel, kind: str, rule, draft=8, dtype=torch.float32) -> SpeculativeDecoder:
-    if kind == "ngram":
-        drafter = NgramDrafter(longest=8, shortest=1)
-    else:
-        small = model(SAMBA, None, 0, dtype) if kind == "bytes" else model(MAMBA, BpeCodec(MERGES), 3, dtype)
-        if kind == "bytes":
-            with torch.no_grad():
-                for parameter in small.network.parameters():
-                    parameter.add_(torch.randn_like(parameter) * parameter.abs().mean() * 0.1)
-        drafter = ModelDrafter(small, CapturedRunner(small.network))
-    return SpeculativeDecoder(lm, drafter, rule=rule, draft=draft, runner=CapturedRunner(lm.network))
-
-
-def write(decoder: SpeculativeDecoder, prompt: bytes, count: int, sampling: Sampling, host: bool = False) -> bytes:
-    session = decoder.verifier.session()
-    session.feed(prompt)
-    if host:
-        decoder._buffers = None
-    return b"".join(decoder.generate_bytes(session, count, sampling, context=prompt))
 
 
 @pytest.mark.parametrize(("batch", "time"), [(1, 8), (1, 16), (2, 32), (3, 5)])
@@ -87,10 +41,10 @@ def test_a_piece_of_a_large_shape(batch: int, time: int) -> None:
         assert relative_rms(mine, other) <= ERROR_BOUND
 
 
-@pytest.mark.parametrize("config", [SAMBA, MAMBA], ids=["samba", "mamba"])
+@pytest.mark.parametrize("config", [WIDE, MAMBA], ids=["samba", "mamba"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_piece_is_the_network(config: ModelConfig, dtype: torch.dtype) -> None:
-    network = model(config, dtype=dtype).network
+    network = scaled(config, dtype=dtype)
     tokens = torch.randint(256, (2, 40)).cuda()
     with torch.no_grad():
         state = network(tokens[:, :20], logits="last").state
@@ -111,17 +65,35 @@ def test_a_piece_is_the_network(config: ModelConfig, dtype: torch.dtype) -> None
 @pytest.mark.parametrize("rule", ["greedy", "exact"])
 def test_the_device_writes_what_the_host_writes(kind: str, rule) -> None:
     """Bytes of a draft are few enough that both draw as many tokens."""
-    lm = model(SAMBA)
-    for seed, prompt in enumerate((b"", b"abc the mat", b"the them " * 20)):
-        sampling = Sampling(temperature=0.8, seed=seed)
-        texts = [write(decoder(lm, kind, rule, 1), prompt, 60, sampling, host) for host in (False, True)]
-        assert texts[0] == texts[1]
+    device, host = written_both_ways(LanguageModel(scaled(WIDE)), kind, rule, 1, 60, temperature=0.8)
+    assert device == host
+
+
+@pytest.mark.parametrize("draft", [8, 40])
+@pytest.mark.parametrize("kind", ["bytes", "ngram"])
+@pytest.mark.parametrize("rule", ["greedy", "exact"])
+def test_long_drafts_of_bytes_too(kind: str, rule, draft: int) -> None:
+    """As many tokens as bytes on both sides; 41 bytes are more than the kernels of a piece read."""
+    device, host = written_both_ways(LanguageModel(scaled(WIDE)), kind, rule, draft, 120, temperature=0.8)
+    assert device == host
+
+
+@pytest.mark.parametrize(("kind", "draft"), [("bytes", 8), ("ngram", 8), ("subwords", 1)])
+@pytest.mark.parametrize("settings", [{"top_k": 30}, {"top_p": 0.9}, {"top_k": 30, "top_p": 0.9}])
+def test_settings_that_sort_too(kind: str, draft: int, settings) -> None:
+    device, host = written_both_ways(LanguageModel(scaled(WIDE)), kind, "exact", draft, 80, temperature=0.7, **settings)
+    assert device == host
+
+
+@pytest.mark.parametrize("where", FAILURES)
+def test_a_round_that_fails_is_undone(where: str) -> None:
+    assert_undone(decoder(LanguageModel(scaled(WIDE)), "bytes", "exact", 6), where)
 
 
 @pytest.mark.parametrize("kind", ["bytes", "subwords", "ngram"])
 def test_greedy_is_plain_greedy(kind: str) -> None:
-    lm = model(SAMBA)
-    for prompt in (b"", b"abc the mat", b"the them " * 20):
+    lm = LanguageModel(scaled(WIDE))
+    for prompt in PROMPTS:
         session = lm.session()
         session.feed(prompt)
         mine = decoder(lm, kind, "greedy", AdaptiveDraft())
@@ -134,7 +106,7 @@ def test_greedy_is_plain_greedy(kind: str) -> None:
 @pytest.mark.parametrize("rule", ["greedy", "exact"])
 def test_a_round_waits_once(kind: str, rule) -> None:
     """No call waits for the GPU but for the event at the end of the round."""
-    lm = model(SAMBA, dtype=torch.bfloat16)
+    lm = LanguageModel(scaled(WIDE, dtype=torch.bfloat16))
     mine = decoder(lm, kind, rule, AdaptiveDraft(), torch.bfloat16)
     prompt, sampling = b"abc the mat ", mine.settings(Sampling(temperature=0.8))
     write(mine, prompt, 300, sampling)  # captured
@@ -156,7 +128,7 @@ def test_a_round_waits_once(kind: str, rule) -> None:
 
 
 def test_settings_that_sort() -> None:
-    lm = model(SAMBA)
+    lm = LanguageModel(scaled(WIDE))
     mine = decoder(lm, "subwords", "exact", 6)
     first = write(mine, b"abc", 80, Sampling(temperature=0.7, top_k=30, top_p=0.9))
     assert first == write(mine, b"abc", 80, Sampling(temperature=0.7, top_k=30, top_p=0.9)) and len(first) == 80

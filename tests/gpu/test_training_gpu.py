@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from milonga.data.windows import Batch
-from milonga.layers import AttentionConfig, MambaConfig, SwiGLUConfig
 from milonga.layers.recompute import CHEAP
 from milonga.models import ModelConfig
 from milonga.segments import Segments
 from milonga.training import CapturedGradient, OptimizerConfig, build_optimizer, list_checkpoints, train, training_step
+from tests.gpu.helpers import CONFIGS, SAMBA
 from tests.training import runs
 
 pytestmark = [
@@ -22,23 +22,6 @@ pytestmark = [
 ]
 
 CUDA = torch.device("cuda")
-SAMBA = ModelConfig(
-    vocab_size=256,
-    d_model=64,
-    pattern="mamba mlp swa mlp",
-    repeats=2,
-    layers={
-        "mamba": MambaConfig(),
-        "swa": AttentionConfig(heads=4, kv_heads=2, head_dim=32, window=7),
-        "mlp": SwiGLUConfig(d_hidden=96),
-    },
-)
-CONFIGS = {
-    "samba": SAMBA,
-    "full": SAMBA.replace_layer("swa", window=None),
-    "conv": SAMBA.replace_layer("swa", short_conv=3),
-    "mamba": SAMBA.replace(pattern="mamba", repeats=3, norm="layer_norm", tied=False),
-}
 LARGE = SAMBA.replace(d_model=256, repeats=4)
 
 

@@ -1,9 +1,11 @@
 """Small models with opinions, shared by the tests of sessions and of evaluation."""
 
+import numpy as np
+import pytest
 import torch
 
 from milonga.data.bpe import BpeCodec
-from milonga.inference import LanguageModel
+from milonga.inference import LanguageModel, Sampling
 from milonga.layers import AttentionConfig, MambaConfig, SwiGLUConfig
 from milonga.models import ModelConfig
 
@@ -36,3 +38,31 @@ def opinionated_subwords():
     """One of subwords."""
     codec = BpeCodec([(b"t", b"h"), (b"th", b"e"), (b"a", b"t"), (b" ", b"the"), (b" ", b"m"), (b" m", b"at")])
     return opinionated(SAMBA.replace(vocab_size=codec.vocab_size), codec=codec)
+
+
+FAILURES = ("before the draft", "in the draft", "behind the verification")
+
+
+def assert_undone(decoder, where):
+    """The session stands behind what was written before: the round that fails there is undone, and none before it."""
+    session = decoder.verifier.session()
+    session.feed(b"abc")
+    generation = decoder.generate_bytes(session, 60, Sampling(seed=1), context=b"abc")
+    text = next(generation) + next(generation) + next(generation)
+    rows = next(iter(decoder._buffers._owners.values()))
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    if where == "before the draft":
+        rows._plans = interrupted
+    elif where == "in the draft":
+        rows._drafter.draft = interrupted
+    else:
+        rows._verifier.verdicts = interrupted
+    with pytest.raises(KeyboardInterrupt):
+        next(generation)
+    other = decoder.verifier.session()
+    other.feed(b"abc" + text)
+    assert session.position == other.position
+    np.testing.assert_allclose(session.logits, other.logits, atol=1e-5 * np.abs(other.logits).max())

@@ -24,7 +24,8 @@ from milonga.inference.sampling import Sampling
 from milonga.inference.speculative import SpeculativeDecoder
 from milonga.inference.speculative_rows import SpeculationStats, SpeculativeRows
 from milonga.state import merge
-from tests.inference.helpers import CONFIGS, MAMBA, SAMBA, opinionated
+from tests.gpu.helpers import WIDE, scaled, written_both_ways
+from tests.inference.helpers import CONFIGS, FAILURES, MAMBA, SAMBA, assert_undone, opinionated
 
 MERGES = [(b" ", b"t"), (b"h", b"e"), (b" t", b"he"), (b" the", b"m"), (b"a", b"b"), (b"ab", b"c"), (b"c", b"a")]
 FEW = settings(max_examples=4)
@@ -121,6 +122,16 @@ def test_the_device_writes_what_the_host_writes(kind, rule, data):
             np.testing.assert_allclose(a.numpy(), b.numpy(), atol=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("kind", "draft", "settings"), [("bytes", 40, {}), ("subwords", 1, {"top_k": 30, "top_p": 0.9})]
+)
+def test_what_is_compared_on_a_gpu_is_so_here(kind, draft, settings, monkeypatch):
+    monkeypatch.undo()
+    lm = LanguageModel(scaled(WIDE, device="cpu"))
+    device, host = written_both_ways(lm, kind, "exact", draft, 50, temperature=0.8, **settings)
+    assert device == host and [len(text) for text in host] == [50] * 3
+
+
 @every_kind
 def test_greedy_is_plain_greedy(kind):
     """Bytes too close to call included: a tie of three tenths leaves many of them open."""
@@ -177,31 +188,9 @@ def test_a_stream_goes_on(kind):
     assert texts[0] == texts[1]
 
 
-@pytest.mark.parametrize("where", ["before the draft", "in the draft", "behind the verification"])
+@pytest.mark.parametrize("where", FAILURES)
 def test_a_round_that_fails_is_undone(where):
-    """The session stands behind what was written before: the round that failed is undone, and none before it."""
-    lm, mine = verifier(), decoder("near", "exact", 6, device=True)
-    session = lm.session()
-    session.feed(b"abc")
-    generation = mine.generate_bytes(session, 60, Sampling(seed=1), context=b"abc")
-    text = next(generation) + next(generation) + next(generation)
-    rows = next(iter(mine._buffers._owners.values()))
-
-    def interrupted(*_):
-        raise KeyboardInterrupt
-
-    if where == "before the draft":
-        rows._plans = interrupted
-    elif where == "in the draft":
-        rows._drafter.draft = interrupted
-    else:
-        rows._verifier.verdicts = interrupted
-    with pytest.raises(KeyboardInterrupt):
-        next(generation)
-    other = lm.session()
-    other.feed(b"abc" + text)
-    assert session.position == other.position
-    np.testing.assert_allclose(session.logits, other.logits, atol=1e-4)
+    assert_undone(decoder("near", "exact", 6, device=True), where)
 
 
 def test_what_is_preserved_is_so_after_an_interruption():
