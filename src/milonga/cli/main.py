@@ -387,6 +387,8 @@ def main() -> None:
     # Before torch loads its OpenMP. Its idle threads would spin for milliseconds after every product, on the cores that
     # the Numba kernels run on; asleep they cost microseconds (two busy cores: training steps 3 to 4 times as fast).
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    # Where colorama is installed, Numba would end what we show on a terminal with a control sequence.
+    os.environ.setdefault("NUMBA_DISABLE_ERROR_MESSAGE_HIGHLIGHTING", "1")
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a terminal without UTF-8 gets escapes, not a traceback

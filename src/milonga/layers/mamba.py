@@ -195,6 +195,8 @@ class Mamba(Layer):
     @torch.no_grad()
     def _init_own(self) -> None:
         """What a model-wide initialisation leaves alone: S4D-real A, D = 1, dt log-uniform, PyTorch's convolution."""
+        if self.conv_weight.is_meta:
+            return  # nothing to write to
         config, rank = self.config, self.split_sizes[0]
         bound = 1 / math.sqrt(config.d_conv)
         self.conv_weight.uniform_(-bound, bound)

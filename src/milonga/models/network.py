@@ -2,11 +2,13 @@
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Literal, NamedTuple, Protocol, runtime_checkable
+from contextlib import nullcontext
+from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from milonga.layers import Layer, LayerConfig, NormKind, build_norm
 from milonga.layers.base import Keep, Trace
@@ -84,6 +86,18 @@ class Sublayer(nn.Module):
         return x, y, after, trace if traced else None
 
 
+class _Undrawn(TorchFunctionMode):
+    """Leaves out what draws random numbers into a tensor: on the meta device there is nothing to draw into.
+
+    PyTorch would run its Python definitions of these functions, and import its compiler for them: about a second.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.__name__ in ("normal_", "uniform_", "kaiming_uniform_"):
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **(kwargs or {}))
+
+
 class Network(nn.Module):
     """Embedding, a stack of residual sub-layers, a norm and a head.
 
@@ -94,7 +108,8 @@ class Network(nn.Module):
         super().__init__()
         self.config = config
         on_meta = device is not None and torch.device(device).type == "meta"
-        with torch.random.fork_rng(devices=[]), torch.device("meta" if on_meta else "cpu"):
+        undrawn = _Undrawn() if on_meta else nullcontext()
+        with torch.random.fork_rng(devices=[]), torch.device("meta" if on_meta else "cpu"), undrawn:
             torch.manual_seed(seed)
             self.embedding = nn.Embedding(config.vocab_size, config.d_model)
             self.sublayers = nn.ModuleList(
@@ -107,7 +122,8 @@ class Network(nn.Module):
             self.head = Linear(config.d_model, config.vocab_size)
             if config.tied:
                 self.head.weight = self.embedding.weight
-            self._initialise()
+            if not on_meta:
+                self._initialise()
         self._mamba_runs = MambaRuns()
         self.recompute: tuple[str, ...] = ()  # results that the backward pass makes again, see `layers.recompute`
         self.residual_dtype: torch.dtype | None = None  # of the residual stream; None is that of the embedding

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from milonga.ops.backend import INSTALLED, direct, kernels
-from milonga.ops.linear.library import AVAILABLE, linear_op
+from milonga.ops.linear.library import AVAILABLE, linear_op, product
 from milonga.ops.linear.split import split_product
 
 # Bound of the relative RMS error of the output and of both gradients against float64, fp32 inputs of width up to 4096.
@@ -60,7 +60,8 @@ def linear(x: Tensor, weight: Tensor, scale: Tensor | None = None) -> Tensor:
                 y = kernels("linear", "cpu").forward(x.reshape(count, -1), weight, scale)
                 return y.view(*x.shape[:-1], weight.shape[0])
         elif count >= MIN_ROWS and AVAILABLE and (stored or weight.dtype == torch.float32):
-            y = linear_op(x.reshape(count, -1), widen(weight, scale, x.dtype) if stored else weight)
+            run = product if direct(x) else linear_op
+            y = run(x.reshape(count, -1), widen(weight, scale, x.dtype) if stored else weight)
             return y.view(*x.shape[:-1], weight.shape[0])
     return F.linear(x, widen(weight, scale, x.dtype) if stored else weight)
 

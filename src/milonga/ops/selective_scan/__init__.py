@@ -69,12 +69,13 @@ def selective_scan(
     equation 2, with the simplified discretisation of B used there and in all models since.
     """
     _check(x, dt, A, B, C, D, z, dt_bias, initial, segments)
-    if choice("selective_scan", backend, x.device.type, x.dtype) == "reference":
+    chosen = choice("selective_scan", backend, x.device.type, x.dtype)
+    if chosen == "reference":
         return selective_scan_reference(x, dt, A, B, C, D, z, dt_bias, initial, segments)
     inputs = (x, dt, A, B, C, D, z, dt_bias, initial)
     offsets = None if segments is None else segments.on(x.device)
-    if direct(x):
-        return kernels("selective_scan", "cpu").forward(*inputs, offsets, False)[:2]
+    if direct(x, chosen):
+        return kernels("selective_scan", chosen).forward(*inputs, offsets, False)[:2]
     save = torch.is_grad_enabled() and any(value is not None and value.requires_grad for value in inputs)
     return selective_scan_op(*inputs, offsets, save)[:2]
 

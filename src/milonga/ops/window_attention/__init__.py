@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from milonga.ops.backend import choice
+from milonga.ops.backend import choice, direct, kernels
 from milonga.ops.checks import FLOATS, expect
 from milonga.ops.window_attention.library import window_attention_op
 from milonga.ops.window_attention.reference import window_attention_reference
@@ -66,13 +66,17 @@ def window_attention(
         _check_past(q, k, v, past_k, past_v, position, segments)
     if position is not None and past_k is not None and q.device.type == "cpu" and not torch.compiler.is_compiling():
         check_capacity(position, past_k.shape[1], window)
-    if choice("window_attention", backend, q.device.type, q.dtype) == "reference":
+    chosen = choice("window_attention", backend, q.device.type, q.dtype)
+    if chosen == "reference":
         return window_attention_reference(
             q, k, v, window=window, past_k=past_k, past_v=past_v, position=position, segments=segments, scale=scale
         )
     offsets = None if segments is None else segments.on(q.device)
     factor = q.shape[-1] ** -0.5 if scale is None else scale
-    return window_attention_op(q, k, v, past_k, past_v, position, offsets, window, factor, deterministic)[0]
+    inputs = (q, k, v, past_k, past_v, position, offsets, window, factor)
+    if direct(q, chosen):
+        return kernels("window_attention", chosen).forward(*inputs)[0]
+    return window_attention_op(*inputs, deterministic)[0]
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, window: int | None, segments: Segments | None) -> None:
