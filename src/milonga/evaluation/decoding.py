@@ -15,7 +15,7 @@ from milonga.inference.batch import Ticket
 from milonga.inference.captured import Decoder
 from milonga.inference.sampling import Sampling
 from milonga.models import ModelConfig, Network
-from milonga.models.network import NetworkState
+from milonga.models.network import NetworkState, allocate
 from milonga.state import named_tensors
 
 Drawing = Literal["none", "greedy", "plain", "sorted", "host"]
@@ -66,9 +66,8 @@ class PrefillTime:
 @torch.no_grad()
 def random_network(config: ModelConfig, device: torch.device | str, dtype: torch.dtype) -> Network:
     """A network of this shape with random weights, made on the device: large shapes do not pass through the host."""
-    network = config.build(device="meta").to(dtype).to_empty(device=device).eval()
-    if config.tied:
-        network.head.weight = network.embedding.weight
+    network = config.build(device="meta").to(dtype).eval()
+    allocate(network, device)
     generator = torch.Generator(device).manual_seed(0)
     for name, parameter in network.named_parameters():
         last = name.rpartition(".")[2]

@@ -62,7 +62,7 @@ class Replay(Generic[Result]):
             finally:
                 here.wait_stream(stream)
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.stream(here), captured_into(graph):  # a capture that fails leaves its own stream current
+            with captured_into(graph):
                 self._result = self._work()
         self._graph = graph
 

@@ -87,8 +87,8 @@ class DeviceVerifier:
             torch.zeros(rows, limit + 5, dtype=torch.int64, device=self._device),
             torch.zeros(rows, dtype=torch.int64, device=self._device),
         )
-        self._answer = torch.zeros(rows, limit + 5, dtype=torch.int64, pin_memory=self._device.type == "cuda")
         cuda = self._device.type == "cuda"
+        self._answer = torch.zeros(rows, limit + 5, dtype=torch.int64, pin_memory=cuda)
         self._streams = [torch.cuda.Stream(self._device) for _ in range(STREAMS)] if cuda else []
         self._passes: dict[tuple[int, Mode], Replay[tuple[Trace, ...]]] = {}
         self._again: dict[tuple[int, Mode], Replay[None]] = {}

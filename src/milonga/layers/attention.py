@@ -201,7 +201,7 @@ class Attention(Layer):
         bounds = sequence_bounds(batch, time, trace.segments)
         steps = keep_per_sequence(keep, bounds.diff())
         if keep is None and trace.segments is None:  # made there: a copy to a GPU would wait for all it has to do
-            kept = torch.full((batch,), time, dtype=torch.int64, device=device)
+            kept = keep_on_device(None, batch, time, device)
             starts = torch.arange(batch, device=device) * time
         else:
             kept, starts = (value.to(device, non_blocking=True) for value in (steps, bounds[:-1]))

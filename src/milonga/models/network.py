@@ -290,3 +290,20 @@ def _last_steps(x: Tensor, segments: Segments | None) -> Tensor:
     if bool((segments.lengths == 0).any()):
         raise ValueError("network: an empty sequence has no last step; ask for logits='none' or leave it out")
     return x[0, segments.on(x.device)[1:] - 1]
+
+
+def allocate(network: Network, device: torch.device | str) -> None:
+    """Give a network of the meta device memory, not written yet; what is tied stays tied.
+
+    `Module.to_empty` does so by PyTorch's Python definitions, and importing these takes half a second.
+    """
+    made: dict[int, nn.Parameter] = {}
+    for module in network.modules():
+        for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
+            if id(parameter) not in made:
+                memory = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
+                made[id(parameter)] = nn.Parameter(memory, parameter.requires_grad)
+            module.register_parameter(name, made[id(parameter)])
+        for name, buffer in module.named_buffers(recurse=False):
+            memory = torch.empty(buffer.shape, dtype=buffer.dtype, device=device)
+            module.register_buffer(name, memory, persistent=name not in module._non_persistent_buffers_set)

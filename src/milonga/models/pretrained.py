@@ -12,11 +12,10 @@ from pathlib import Path
 import torch
 from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
-from torch import nn
 
 from milonga.errors import UserError, describe_validation
 from milonga.models.config import ModelConfig
-from milonga.models.network import Network
+from milonga.models.network import Network, allocate
 from milonga.tensor_files import read_metadata, save_tensors
 
 FORMAT = 1
@@ -108,26 +107,9 @@ def load_weights(path: Path, *, device: torch.device | str | None = None) -> tup
     """
     header = read_header(path)
     network = Network(read_config(path, header), device="meta")
-    _allocate(network, device or "cpu")
+    allocate(network, device or "cpu")
     load_tensors(network, path)
     return network, header
-
-
-def _allocate(network: Network, device: torch.device | str) -> None:
-    """Give a network of the meta device memory, not written yet; what is tied stays tied.
-
-    `Module.to_empty` does so by PyTorch's Python definitions, and importing these takes half a second.
-    """
-    made: dict[int, nn.Parameter] = {}
-    for module in network.modules():
-        for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
-            if id(parameter) not in made:
-                memory = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
-                made[id(parameter)] = nn.Parameter(memory, parameter.requires_grad)
-            module.register_parameter(name, made[id(parameter)])
-        for name, buffer in module.named_buffers(recurse=False):
-            memory = torch.empty(buffer.shape, dtype=buffer.dtype, device=device)
-            module.register_buffer(name, memory, persistent=name not in module._non_persistent_buffers_set)
 
 
 def fingerprint(network: Network) -> str:

@@ -123,12 +123,10 @@ class StaticPasses:
             torch.OutOfMemoryError: if it does not fit.
         """
         self._forget()
-        gc.collect()  # an autograd graph still alive would make the new one wait for another stream
-        torch.cuda.empty_cache()  # what plain steps held: the graph gets memory of its own
         graph, stream = torch.cuda.CUDAGraph(), _stream(self.device)
         torch.clear_autocast_cache()  # the graph casts the weights itself, at every replay
         try:
-            with torch.cuda.stream(stream), captured_into(graph, stream):
+            with captured_into(graph, stream):
                 self.run()
         except torch.OutOfMemoryError:
             raise
