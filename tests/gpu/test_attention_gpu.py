@@ -99,6 +99,19 @@ def test_random_shapes(seed: int) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize(
+    ("time", "width", "window"),
+    [(300, 64, 64), (300, 64, 65), (300, 64, 66), (400, 128, 129), (400, 128, 130), (129, 128, 129), (200, 64, 1)],
+)
+def test_rings_at_the_end_of_the_window(time: int, width: int, window: int, packed: bool, dtype: torch.dtype) -> None:
+    """Only blocks that begin before the step `window - 1` look into the ring: empty, partly filled, full, wrapped."""
+    positions = (0, window // 2, window - 1, 3 * window + 5)
+    lengths = (time, 64, 0, 128) if packed else (time,) * 4
+    check(*make(lengths, 4, 2, (width, width), dtype, packed, (max(1, window - 1), positions)), window)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
     ("time", "heads", "groups", "width", "window", "slots", "positions"),
     [

@@ -65,10 +65,33 @@ def check(inputs: list[Tensor], position: Tensor | None, segments: Segments | No
         ((40, 0, 50), 2, 2, (16, 16), None, (40, (5, 30, 33)), True),
         ((40, 0, 50), 2, 2, (16, 16), 50, (57, (150, 30, 33)), True),
         ((35, 35, 35), 2, 1, (20, 16), None, (150, (150, 64, 0)), False),
+        # blocks have 64 queries: the first, none or two of them see an empty, a partly and a quite filled ring
+        ((130, 130, 130), 2, 1, (16, 16), 65, (64, (0, 40, 300)), False),
+        ((129, 129, 129), 1, 1, (16, 16), 66, (65, (0, 64, 65)), False),
+        ((64, 64, 64), 1, 1, (16, 16), 64, (63, (0, 62, 63)), False),
+        ((70, 70), 1, 1, (16, 16), 1, (3, (0, 5)), False),
+        ((130, 63, 65, 64), 2, 1, (16, 16), 65, (70, (0, 40, 300, 65)), True),
     ],
 )
 def test_matches_reference(lengths, heads, groups, widths, window, past, packed) -> None:
     check(*make(lengths, heads, groups, widths, past, packed), window, -0.3 if heads == 3 else 0.25)
+
+
+@pytest.mark.parametrize("window", [1, 2, 64, 65, 66, 129, 130, 131, 500, None])
+@pytest.mark.parametrize("packed", [False, True])
+def test_each_block_of_queries_is_launched_once(window: int | None, packed: bool) -> None:
+    """And with the past where a query of it sees the ring."""
+    lengths, slots = (130, 64, 1) if packed else (130, 130, 130), 600 if window is None else max(window - 1, 1)
+    inputs, position, segments = make(lengths, 1, 1, (16, 16), (slots, (0, 40, 600)), packed)
+    plan = triton._Plan(*inputs, position, None if segments is None else segments.offsets, window, 0.25)
+    found = [
+        (first, past)
+        for (programs, _, _), low, high, past in plan.query_launches(64)
+        for first in range(low, high, 64)
+        if packed or (first - low) // 64 < programs
+    ]
+    seen = {first: window is None or first < window - 1 for first in range(0, plan.time, 64)}
+    assert sorted(found) == sorted(seen.items())
 
 
 @pytest.mark.parametrize(

@@ -122,6 +122,21 @@ class _Plan:
         blocks = self.time // steps + self.sequences if self.packed else -(-self.time // steps)
         return blocks, heads, 1 if self.packed else self.batch
 
+    def query_launches(self, steps: int) -> list[tuple[tuple[int, int, int], int, int, bool]]:
+        """Launches that take all queries in blocks of `steps`: (grid, first step, end, whether the past is seen).
+
+        From the step `window - 1` of a sequence on no query sees the past. A kernel that never looks there takes those:
+        looking costs registers even where nothing is found.
+        """
+        blocks, heads, batch = self.grid(steps, self.heads)
+        seeing = min(-(-(self.window - 1) // steps), -(-self.time // steps)) if self.past else 0
+        ranges = [(0, seeing, True), (seeing, -(-self.time // steps), False)]
+        return [
+            ((blocks if self.packed else end - first, heads, batch), first * steps, end * steps, past)
+            for first, end, past in ranges
+            if first < end
+        ]
+
 
 @cache
 def _has_library(device: torch.device) -> bool:
@@ -171,12 +186,13 @@ def forward(
         if way == "decode":
             _decode(plan, y, stats)
             return y, stats
-        triton_kernels.attention_forward[plan.grid(plan.tuning.forward.queries, plan.heads)](
-            plan.q, plan.k, plan.v, plan.past_k, plan.past_v, plan.position, plan.bounds, y, stats,
-            plan.time, plan.sequences, plan.window, plan.scale * LOG2_E, plan.slots, plan.heads,
-            *plan.strides(plan.q, plan.k, plan.v, plan.past_k, plan.past_v),
-            **plan.sizes, PAST=plan.past, ALL=plan.past and window is None, **_launch(plan.tuning.forward),
-        )  # fmt: skip
+        for programs, low, high, past in plan.query_launches(plan.tuning.forward.queries):
+            triton_kernels.attention_forward[programs](
+                plan.q, plan.k, plan.v, plan.past_k, plan.past_v, plan.position, plan.bounds, y, stats,
+                plan.time, plan.sequences, plan.window, plan.scale * LOG2_E, plan.slots, plan.heads, low, high,
+                *plan.strides(plan.q, plan.k, plan.v, plan.past_k, plan.past_v),
+                **plan.sizes, PAST=past, ALL=past and window is None, **_launch(plan.tuning.forward),
+            )  # fmt: skip
     return y, stats
 
 
@@ -275,8 +291,9 @@ def _launch_backward(plan: _Plan, grad: Tensor, y: Tensor, stats: Tensor, grads:
             plan.q, k, v, plan.position, plan.bounds, grad, stats, dots, grad_k, grad_v, *shared,
             *plan.strides(plan.q, k, v, grad), **plan.sizes, RING=ring, **_launch(blocks),
         )  # fmt: skip
-    triton_kernels.attention_backward_queries[plan.grid(plan.tuning.queries.queries, plan.heads)](
-        plan.q, plan.k, plan.v, plan.past_k, plan.past_v, plan.position, plan.bounds, grad, stats, dots, grads[0],
-        *shared, *plan.strides(plan.q, plan.k, plan.v, plan.past_k, plan.past_v, grad),
-        **plan.sizes, PAST=plan.past, **_launch(plan.tuning.queries),
-    )  # fmt: skip
+    for programs, low, high, past in plan.query_launches(plan.tuning.queries.queries):
+        triton_kernels.attention_backward_queries[programs](
+            plan.q, plan.k, plan.v, plan.past_k, plan.past_v, plan.position, plan.bounds, grad, stats, dots, grads[0],
+            *shared, low, high, *plan.strides(plan.q, plan.k, plan.v, plan.past_k, plan.past_v, grad),
+            **plan.sizes, PAST=past, **_launch(plan.tuning.queries),
+        )  # fmt: skip

@@ -18,7 +18,7 @@ import triton.language as tl
 
 MINUS = tl.constexpr(float("-inf"))
 # sizes that may take any value without being compiled for
-FREE = ("T", "sequences", "window", "P", "heads")
+FREE = ("T", "sequences", "window", "P", "heads", "low", "high")
 
 
 @triton.jit
@@ -35,15 +35,18 @@ def sequence_of(slot, bounds, sequences, length):
 
 
 @triton.jit
-def place_of(index, outer, bounds, T, sequences, length, PACKED: tl.constexpr):
-    """-> (sequence, row of the batch, its first step there, its steps, first step of the block)."""
+def place_of(index, outer, bounds, T, sequences, length, low, PACKED: tl.constexpr):
+    """-> (sequence, row of the batch, its first step there, its steps, first step of the block).
+
+    Blocks are counted from the step `low` on, a multiple of their length, but for packed sequences from their begin.
+    """
     if PACKED:
         sequence = sequence_of(index, bounds, sequences, length)
         first = tl.load(bounds + sequence)
         steps = (tl.load(bounds + sequence + 1) - first).to(tl.int32)
         block = (index - (first // length + sequence)).to(tl.int32) * length
         return sequence, outer, first, steps, block
-    return outer, outer, (outer * 0).to(tl.int64), T, index * length
+    return outer, outer, (outer * 0).to(tl.int64), T, low + index * length
 
 
 @triton.jit
@@ -179,7 +182,7 @@ def ends_of_queries(t0, steps, window, BM: tl.constexpr, BN: tl.constexpr):
 
 @triton.jit(do_not_specialize=FREE)
 def attention_forward(
-    q, k, v, past_k, past_v, position, bounds, y, stats, T, sequences, window, scale, P, heads,
+    q, k, v, past_k, past_v, position, bounds, y, stats, T, sequences, window, scale, P, heads, low, high,
     q_row, q_step, q_head, k_row, k_step, k_head, v_row, v_step, v_head,
     pk_row, pk_step, pk_head, pv_row, pv_step, pv_head,
     K: tl.constexpr, V: tl.constexpr, WK: tl.constexpr, WV: tl.constexpr, GROUP: tl.constexpr,
@@ -188,13 +191,14 @@ def attention_forward(
 ):  # fmt: skip
     """y `[B T H WV]` contiguous, and of each query the logarithm (base 2) of its sum of exponentials, `[B H T]`.
 
-    ALL: there is no window, and the past is a buffer that never wraps.
+    Of every sequence the blocks that begin in `low` .. `high` - 1. ALL: there is no window, and the past is a buffer
+    that never wraps.
     """
     # the last queries of a sequence see the most keys: they go first
     index = tl.num_programs(0) - 1 - tl.program_id(0)
     h = tl.program_id(1)
-    sequence, row, first_row, steps, t0 = place_of(index, tl.program_id(2), bounds, T, sequences, BM, PACKED)
-    if t0 >= steps:
+    sequence, row, first_row, steps, t0 = place_of(index, tl.program_id(2), bounds, T, sequences, BM, low, PACKED)
+    if (t0 < low) | (t0 >= tl.minimum(steps, high)):
         return
     held, head = ring_of(position, sequence, P, PAST)
     g = h // GROUP
@@ -343,7 +347,7 @@ def attention_backward_keys(
         target = sequence.to(tl.int64) * P + slot
     else:
         sequence, row, first_row, steps, n0 = place_of(
-            tl.program_id(0), tl.program_id(2), bounds, T, sequences, BN, PACKED
+            tl.program_id(0), tl.program_id(2), bounds, T, sequences, BN, 0, PACKED
         )
         if n0 >= steps:
             return
@@ -407,16 +411,16 @@ def query_slopes(acc, q, g, k, v, logarithm, dot, seen, scale, MASK: tl.constexp
 @triton.jit(do_not_specialize=FREE)
 def attention_backward_queries(
     q, k, v, past_k, past_v, position, bounds, grad, stats, dots, grad_q, T, sequences, window, scale, slope_scale, P,
-    heads, q_row, q_step, q_head, k_row, k_step, k_head, v_row, v_step, v_head,
+    heads, low, high, q_row, q_step, q_head, k_row, k_step, k_head, v_row, v_step, v_head,
     pk_row, pk_step, pk_head, pv_row, pv_step, pv_head, g_row, g_step, g_head,
     K: tl.constexpr, V: tl.constexpr, WK: tl.constexpr, WV: tl.constexpr, GROUP: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, PACKED: tl.constexpr, PAST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of q, `[B T H WK]` contiguous."""
+    """The gradient of q, `[B T H WK]` contiguous, of the blocks that `attention_forward` would take."""
     index = tl.num_programs(0) - 1 - tl.program_id(0)
     h = tl.program_id(1)
-    sequence, row, first_row, steps, t0 = place_of(index, tl.program_id(2), bounds, T, sequences, BM, PACKED)
-    if t0 >= steps:
+    sequence, row, first_row, steps, t0 = place_of(index, tl.program_id(2), bounds, T, sequences, BM, low, PACKED)
+    if (t0 < low) | (t0 >= tl.minimum(steps, high)):
         return
     held, head = ring_of(position, sequence, P, PAST)
     g = h // GROUP
