@@ -12,6 +12,7 @@ from milonga.layers.recompute import CHEAP
 from milonga.models import ModelConfig
 from milonga.segments import Segments
 from milonga.training import CapturedGradient, OptimizerConfig, build_optimizer, list_checkpoints, train, training_step
+from milonga.training.muon import StackedMuon
 from tests.gpu.helpers import CONFIGS, SAMBA
 from tests.training import runs
 
@@ -249,6 +250,25 @@ except UserError as error:
     assert seed == 2 and torch.cuda.current_stream() == before
     print(error)
 """
+
+
+def test_muon_by_stacks_is_muon_and_the_same_on_every_run() -> None:
+    """Every matrix moves as PyTorch's own step moves it, but for the rounding of products in bf16."""
+    generator = torch.Generator().manual_seed(3)
+    start = [torch.randn(shape, generator=generator) for shape in [(64, 192), (192, 64), (64, 192), (64, 64)]]
+    settings = {"lr": 0.02, "adjust_lr_fn": "match_rms_adamw"}
+    moved = []
+    for kind in (torch.optim.Muon, StackedMuon, StackedMuon):
+        parameters = [torch.nn.Parameter(value.to(CUDA, copy=True)) for value in start]
+        optimizer, generator = kind(parameters, **settings), torch.Generator().manual_seed(4)
+        for _ in range(4):
+            for parameter in parameters:
+                parameter.grad = torch.randn(parameter.shape, generator=generator).to(CUDA)
+            optimizer.step()
+        moved.append([p.detach().cpu() - value for p, value in zip(parameters, start, strict=True)])
+    for single, stacked, again in zip(*moved, strict=True):
+        assert (single - stacked).norm() < 0.02 * single.norm()
+        assert torch.equal(stacked, again)
 
 
 def test_a_step_that_cannot_be_captured_says_what_to_do() -> None:

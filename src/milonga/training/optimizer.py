@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveFlo
 from torch import Tensor, nn
 
 from milonga.models import Network
+from milonga.training.muon import StackedMuon
 
 Parameters = dict[str, nn.Parameter]
 
@@ -156,7 +157,7 @@ def build_optimizer(network: Network, config: OptimizerConfig) -> Optimizer:
     parts: list[torch.optim.Optimizer] = [adamw]
     if matrices:
         parts.append(
-            torch.optim.Muon(
+            StackedMuon(
                 _split_by_decay(network, matrices, config),
                 lr=config.muon_lr or config.lr,
                 momentum=config.muon_momentum,
