@@ -251,7 +251,7 @@ class Attention(Layer):
         before = norm_of(norm) if products(self.qkv_proj, self.out_proj) else None
         if before is None or self.config.short_conv or not has_step_kernels(x):
             return super().step_(x, state, norm)
-        rows = x[:, 0]
+        rows = x[:, 0].contiguous()
         heads = linear_step(rows, self.qkv_proj.weight, norm=before).view(x.shape[0], 1, -1, self.width)
         qk, v = heads.split([self.heads + self.groups, self.groups], dim=2)
         if self.config.rope_base is not None:

@@ -318,7 +318,7 @@ class Mamba(Layer):
         before = self._kernel_norm(norm)
         if before is None or not has_step_kernels(x):
             return super().step_(x, state, norm)
-        return mamba_step_(x[:, 0], before, self._kernel_weights(), state.conv, state.ssm)[:, None]
+        return mamba_step_(x[:, 0].contiguous(), before, self._kernel_weights(), state.conv, state.ssm)[:, None]
 
     def read_piece(
         self, x: Float[Tensor, "B T D"], state: MambaState, norm: nn.Module
@@ -327,7 +327,7 @@ class Mamba(Layer):
         before = self._kernel_norm(norm)
         if before is None or not has_piece_kernels(x):
             return super().read_piece(x, state, norm)
-        y, added = mamba_piece(x, before, self._kernel_weights(), state.conv, state.ssm)
+        y, added = mamba_piece(x.contiguous(), before, self._kernel_weights(), state.conv, state.ssm)
         return y, MambaTrace(added.columns, None, added.x, added.dt, added.B, None)
 
     def _kernel_norm(self, norm: nn.Module) -> Norm | None:

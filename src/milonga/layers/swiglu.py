@@ -73,7 +73,7 @@ class SwiGLU(Layer):
         before = norm_of(norm) if products(self.gate_up, self.down) else None
         if before is None or not has_step_kernels(x):
             return super().step_(x, state, norm)
-        return swiglu_step(x[:, 0], before, self.gate_up.weight, self.down.weight)[:, None]
+        return swiglu_step(x[:, 0].contiguous(), before, self.gate_up.weight, self.down.weight)[:, None]
 
     def read_piece(
         self, x: Float[Tensor, "B T D"], state: NoState, norm: nn.Module

@@ -8,6 +8,7 @@ from milonga.ops.decode_step.triton import _NARROW, _pdl, _power, _product, _sha
 from milonga.ops.mamba_piece import triton_kernels
 
 _CHANNELS = 16  # of a program of the recurrence: so many that its product fits the matrix units
+_STEPS = 8  # whose inputs the recurrence loads together
 
 
 def mamba_piece(x: Tensor, norm: Norm, weights: MambaWeights, conv: Tensor, ssm: Tensor) -> tuple[Tensor, ReplayInputs]:
@@ -32,10 +33,12 @@ def mamba_piece(x: Tensor, norm: Norm, weights: MambaWeights, conv: Tensor, ssm:
     _product(u, weights.x_proj, low, wide, shape, span=span)
     dt, y = torch.empty_like(u), torch.empty_like(u)
     into = torch.empty(rows, states, dtype=x.dtype, device=device)
-    triton_kernels.ssm_piece[(-(-inner // _CHANNELS), batch)](
-        xz, u, low, weights.dt_proj, weights.dt_bias, weights.A_log, weights.D, ssm, dt, into, y, rows, inner, rank,
-        SPLITS=splits, STATES=states, N=_power(states), RB=max(16, _power(rank)), CH=_CHANNELS, T=time,
-        TB=max(16, _power(time)), num_warps=2, **_pdl(x),
+    programs = -(-inner // _CHANNELS)
+    both = torch.empty(batch, programs, time, 2, states, dtype=x.dtype, device=device)
+    triton_kernels.ssm_piece[(programs, batch)](
+        xz, u, low, weights.dt_proj, weights.dt_bias, weights.A_log, weights.D, ssm, dt, both, into, y, rows, time,
+        inner, rank, SPLITS=splits, STATES=states, N=_power(states), RB=max(16, _power(rank)), CH=_CHANNELS,
+        TB=max(16, _power(time)), STEPS=_STEPS, num_warps=2, **_pdl(x),
     )  # fmt: skip
     out = linear_step(y, weights.out_proj, None, flat, x.dtype)
     pieces = (part.view(batch, time, -1) for part in (xz, u, dt, into))

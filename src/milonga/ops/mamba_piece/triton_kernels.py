@@ -37,14 +37,15 @@ def conv_piece(
 
 @triton.jit
 def ssm_piece(
-    xz, u, low, dt_weight, dt_bias, A_log, D, state, dt, into, y, rows, E, R,
-    SPLITS: tl.constexpr, STATES: tl.constexpr, N: tl.constexpr, RB: tl.constexpr, CH: tl.constexpr, T: tl.constexpr,
-    TB: tl.constexpr, PDL: tl.constexpr,
+    xz, u, low, dt_weight, dt_bias, A_log, D, state, dt, both, into, y, rows, T, E, R,
+    SPLITS: tl.constexpr, STATES: tl.constexpr, N: tl.constexpr, RB: tl.constexpr, CH: tl.constexpr, TB: tl.constexpr,
+    STEPS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """dt's projection, T steps of the recurrence, D and the gate, for CH channels of one row of the batch.
 
-    low `[splits rows R+2N]`: partial sums of dt's low rank, B and C. Writes dt `[rows E]`, the first program of a row
-    also B `[rows N]`, and y `[rows E]` at the end, so that no load has to wait for a store.
+    low `[splits rows R+2N]`: partial sums of dt's low rank, B and C. Writes dt `[rows E]`, y `[rows E]` and, the first
+    program of a row, B `[rows N]`. both `[B programs T 2 N]` is where every program lays its sums of B and C, to read
+    them step by step: what STEPS steps need is loaded together, since a load takes longer than a step.
     """
     e = tl.program_id(0) * CH + tl.arange(0, CH)
     b = tl.program_id(1).to(tl.int64)
@@ -64,35 +65,42 @@ def ssm_piece(
     h = tl.load(state + b * E * STATES + tile, mask=here, other=0.0)
     wide = R + 2 * STATES
     first = b * T
+    own = both + (b * tl.num_programs(0) + tl.program_id(0)) * T * 2 * STATES
+    some = (i < T)[:, None] & (n < STATES)[None, :]
     ranks = tl.zeros([TB, RB], tl.float32)
-    for s in tl.static_range(SPLITS):
-        part = low + (s * rows + first + i)[:, None] * wide + r[None, :]
-        ranks += tl.load(part, mask=(i < T)[:, None] & (r < R)[None, :], other=0.0)
+    inside = tl.zeros([TB, N], tl.float32)
+    outof = tl.zeros([TB, N], tl.float32)
+    for s in tl.range(SPLITS, loop_unroll_factor=4):  # so many loads at once as registers hold
+        part = low + (s * rows + first + i)[:, None] * wide
+        ranks += tl.load(part + r[None, :], mask=(i < T)[:, None] & (r < R)[None, :], other=0.0)
+        inside += tl.load(part + R + n[None, :], mask=some, other=0.0)
+        outof += tl.load(part + R + STATES + n[None, :], mask=some, other=0.0)
     # rounded where the network's own step rounds
     dtype = y.dtype.element_ty
+    tl.store(own + (2 * i)[:, None] * STATES + n[None, :], inside.to(dtype), mask=some)
+    tl.store(own + (2 * i + 1)[:, None] * STATES + n[None, :], outof.to(dtype), mask=some)
     all_dt = tl.dot(ranks.to(dtype), w, input_precision="ieee").to(dtype)
     tl.store(dt + (first + i)[:, None] * E + e[None, :], all_dt, mask=(i < T)[:, None] & live[None, :])
     if tl.program_id(0) == 0:
-        some = (i < T)[:, None] & (n < STATES)[None, :]
-        total = tl.zeros([TB, N], tl.float32)
-        for s in tl.static_range(SPLITS):
-            total += tl.load(low + (s * rows + first + i)[:, None] * wide + R + n[None, :], mask=some, other=0.0)
-        tl.store(into + (first + i)[:, None] * STATES + n[None, :], total.to(dtype), mask=some)
-    tl.debug_barrier()  # every warp has written its dt before others read it
-    outputs = ()
-    for t in tl.static_range(T):
-        row = first + t
-        inside = tl.zeros([N], tl.float32)
-        outof = tl.zeros([N], tl.float32)
-        for s in tl.static_range(SPLITS):
-            part = low + (s * rows + row) * wide + R + n
-            inside += tl.load(part, mask=n < STATES, other=0.0)
-            outof += tl.load(part + STATES, mask=n < STATES, other=0.0)
-        inside, outof = inside.to(dtype).to(tl.float32), outof.to(dtype).to(tl.float32)
-        delta = step_size(tl.load(dt + row * E + e, mask=live, other=0.0), bias, live)
-        v = tl.load(u + row * E + e, mask=live, other=0.0).to(tl.float32)
-        z = tl.load(xz + row * 2 * E + E + e, mask=live, other=0.0).to(tl.float32)
-        h = tl.exp2(delta[:, None] * a) * h + (delta * v)[:, None] * inside[None, :]
-        outputs = outputs + ((tl.sum(h * outof[None, :], 1) + skip * v) * silu(z),)
-    for t in tl.static_range(T):
-        tl.store(y + (first + t) * E + e, outputs[t].to(dtype), mask=live)
+        tl.store(into + (first + i)[:, None] * STATES + n[None, :], inside.to(dtype), mask=some)
+    tl.debug_barrier()  # every warp has written its dt, B and C before others read them
+    for begin in range(0, T, STEPS):
+        read = ()
+        for k in tl.static_range(STEPS):
+            t = begin + k
+            row = first + t
+            there, states = live & (t < T), (n < STATES) & (t < T)
+            read = read + (
+                tl.load(dt + row * E + e, mask=there, other=0.0),
+                tl.load(u + row * E + e, mask=there, other=0.0),
+                tl.load(xz + row * 2 * E + E + e, mask=there, other=0.0),
+                tl.load(own + 2 * t * STATES + n, mask=states, other=0.0),
+                tl.load(own + (2 * t + 1) * STATES + n, mask=states, other=0.0),
+            )
+        for k in tl.static_range(STEPS):
+            delta = step_size(read[5 * k], bias, live)
+            v = read[5 * k + 1].to(tl.float32)
+            z = read[5 * k + 2].to(tl.float32)
+            h = tl.exp2(delta[:, None] * a) * h + (delta * v)[:, None] * read[5 * k + 3].to(tl.float32)[None, :]
+            out = (tl.sum(h * read[5 * k + 4].to(tl.float32)[None, :], 1) + skip * v) * silu(z)
+            tl.store(y + (first + begin + k) * E + e, out.to(dtype), mask=live & (begin + k < T))
