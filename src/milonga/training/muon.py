@@ -1,4 +1,4 @@
-"""Muon whose matrices of one shape move together: a deep stack has hundreds, and a GPU would wait for their launches."""
+"""Muon whose matrices of one shape move together: deep stacks have hundreds, and a GPU would wait for launches."""
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator
