@@ -13,7 +13,7 @@ from milonga.inference.device_rows import DeviceBuffers, DeviceRows
 from milonga.inference.drafters import NgramDrafter
 from milonga.inference.runner import NetworkRunner
 from milonga.inference.sampling import Sampler, Sampling
-from milonga.inference.speculative_rows import SpeculationStats
+from milonga.inference.speculative_rows import Rounds, SpeculationStats, Texts
 from milonga.state import select
 from tests.inference.helpers import CONFIGS, opinionated
 from tests.inference.test_speculative_exact import LETTERS, PROMPT, SETTINGS, drafter, enumerated, p_value
@@ -55,11 +55,8 @@ def drawn(lm, drafter, offset, draws, batch=1000):
     counts = np.zeros(len(LETTERS) ** 3, np.int64)
     index = {bytes(text): cell for cell, text in enumerate(product(LETTERS, repeat=3))}
     for start in range(0, draws, batch):
-        rows = DeviceRows(
-            buffers,
-            runner,
-            runner,
-            accept_exact,
+        rounds = Rounds(runner, runner, accept_exact, draft=lambda: 4, replay=False, stats=stats)
+        texts = Texts(
             drafter.start([PROMPT] * batch),
             select(mark.state, [0] * batch),
             (mark.logits + offset).expand(batch, -1),
@@ -68,10 +65,8 @@ def drawn(lm, drafter, offset, draws, batch=1000):
                 for row in range(batch)
             ],
             [WRITTEN] * batch,
-            draft=lambda: 4,
-            replay=False,
-            stats=stats,
         )
+        rows = DeviceRows(buffers, rounds, texts)
         texts = [b""] * batch
         while min(map(len, texts)) < 3:
             texts = [text + more for text, more in zip(texts, rows.round(), strict=True)]

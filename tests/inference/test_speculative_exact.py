@@ -16,7 +16,7 @@ from milonga.inference.model_drafter import ModelDrafter
 from milonga.inference.runner import NetworkRunner
 from milonga.inference.sampling import Sampler, Sampling, distribution
 from milonga.inference.speculative import SpeculativeDecoder
-from milonga.inference.speculative_rows import SpeculativeRows
+from milonga.inference.speculative_rows import Rounds, SpeculativeRows, Texts
 from milonga.state import select
 from tests.inference.helpers import CONFIGS, MAMBA, opinionated
 
@@ -96,19 +96,10 @@ def drawn(lm, drafter, sampling, draws, seed, accept=accept_exact, batch=4000):
             )
             for row in range(size)
         ]
-        rows = SpeculativeRows(
-            decoder._runner,
-            decoder._runner,
-            accept,
-            drafter.start([PROMPT] * size),
-            select(mark.state, [0] * size),
-            mark.logits.expand(size, -1),
-            samplers,
-            [WRITTEN] * size,
-            draft=lambda: 4,
-            replay=False,
-            stats=decoder.stats,
-        )
+        runner = decoder._runner
+        rounds = Rounds(runner, runner, accept, draft=lambda: 4, replay=False, stats=decoder.stats)
+        start, state = drafter.start([PROMPT] * size), select(mark.state, [0] * size)
+        rows = SpeculativeRows(rounds, Texts(start, state, mark.logits.expand(size, -1), samplers, [WRITTEN] * size))
         texts = [b""] * size
         while min(map(len, texts)) < 3:
             texts = [text + more for text, more in zip(texts, rows.round(), strict=True)]

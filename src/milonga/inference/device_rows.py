@@ -14,18 +14,18 @@ from jaxtyping import Float
 from torch import Tensor
 
 from milonga.errors import UserError
-from milonga.inference.acceptance import Accept, Decision
+from milonga.inference.acceptance import Decision
 from milonga.inference.captured import CapturedRunner, grows
 from milonga.inference.device_drafting import DeviceDrafter, vocabulary_of
 from milonga.inference.device_sampling import device_mode
 from milonga.inference.device_verification import PIECE, DeviceVerifier
-from milonga.inference.draft_length import LONGEST, DraftLength, Plan
+from milonga.inference.draft_length import LONGEST, Plan
 from milonga.inference.drafters import Drafter, DraftStream, NgramStream
 from milonga.inference.language_model import LanguageModel
 from milonga.inference.model_drafter import ModelDrafter, ModelStream
 from milonga.inference.runner import Runner
 from milonga.inference.sampling import Sampler
-from milonga.inference.speculative_rows import SpeculationStats, SpeculativeRows, Until
+from milonga.inference.speculative_rows import Rounds, SpeculativeRows, Texts
 from milonga.models.network import NetworkState
 from milonga.ops.speculation import Vocabulary
 from milonga.state import clone
@@ -124,32 +124,15 @@ class DeviceBuffers:
 class DeviceRows(SpeculativeRows):
     """`SpeculativeRows` whose rounds run on the device. Arguments as there, and the buffers."""
 
-    def __init__(
-        self,
-        buffers: DeviceBuffers,
-        runner: Runner,
-        single: Runner,
-        accept: Accept,
-        stream: DraftStream,
-        state: NetworkState,
-        logits: Float[Tensor, "B V"],
-        samplers: Sequence[Sampler],
-        limits: Sequence[int],
-        draft: Callable[[], DraftLength],
-        replay: bool,
-        stats: SpeculationStats,
-        until: Sequence[Until] | None = None,
-    ):
-        super().__init__(
-            runner, single, accept, stream, state, logits, samplers, limits, draft, replay, stats, until
-        )  # fmt: skip
-        mode = device_mode([sampler.sampling for sampler in samplers])
+    def __init__(self, buffers: DeviceBuffers, rounds: Rounds, texts: Texts):
+        super().__init__(rounds, texts)
+        mode = device_mode([sampler.sampling for sampler in texts.samplers])
         assert mode is not None
         self._buffers, self._mode = buffers, mode
         self._verifier: DeviceVerifier | None = None
         self._drafter: DeviceDrafter | None = None
-        self.count, self._room = len(samplers), 0
-        self._device = device = logits.device
+        self.count, self._room = len(texts.samplers), 0
+        self._device = device = texts.logits.device
         self._times = [torch.cuda.Event(enable_timing=True) for _ in range(3)] if device.type == "cuda" else None
 
     @staticmethod

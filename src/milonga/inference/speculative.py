@@ -33,7 +33,7 @@ from milonga.inference.language_model import LanguageModel
 from milonga.inference.runner import NetworkRunner, Runner
 from milonga.inference.sampling import Sampler, Sampling
 from milonga.inference.session import Session
-from milonga.inference.speculative_rows import SpeculationStats, SpeculativeRows, Until
+from milonga.inference.speculative_rows import Rounds, SpeculationStats, SpeculativeRows, Texts, Until
 from milonga.models.network import NetworkState
 
 DRAFT = 8  # bytes drafted for a round where nothing else is said
@@ -154,23 +154,18 @@ class SpeculativeDecoder:
             limits: bytes to write, for each row, >= 0.
             until: for each row, told every byte that is written, says whether the text ends behind it.
         """
-        arguments = (
+        rounds = Rounds(
             self._runner,
             NetworkRunner(self.verifier.network),
             self._accept,
-            stream,
-            state,
-            logits,
-            samplers,
-            limits,
             lambda: self.draft,
             self.rule == "greedy" and self.tie > 0,
             self.stats,
-            until,
         )
+        texts = Texts(stream, state, logits, samplers, limits, until)
         if self._buffers is not None and DeviceRows.serves(stream, samplers):
-            return DeviceRows(self._buffers, *arguments)
-        return SpeculativeRows(*arguments)
+            return DeviceRows(self._buffers, rounds, texts)
+        return SpeculativeRows(rounds, texts)
 
     def settings(self, sampling: Sampling | None) -> Sampling:
         """The settings that hold: with rule `greedy` the temperature is 0."""

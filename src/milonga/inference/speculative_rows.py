@@ -56,6 +56,48 @@ class SpeculationStats:
         return self.bytes_per_verification * step_seconds * self.rounds / seconds if seconds > 0 else float("nan")
 
 
+@dataclass(frozen=True)
+class Rounds:
+    """How rounds go.
+
+    Args:
+        runner: of the verifier, for all rows.
+        single: of the verifier, for the single steps of one row that plain decoding takes.
+        accept: the rule.
+        draft: how much to draft for the next round, asked before each.
+        replay: whether the rule leaves bytes undecided.
+        stats: counted on.
+    """
+
+    runner: Runner
+    single: Runner
+    accept: Accept
+    draft: Callable[[], DraftLength]
+    replay: bool
+    stats: SpeculationStats
+
+
+@dataclass(frozen=True)
+class Texts:
+    """B texts to go on with.
+
+    Args:
+        stream: the drafter, behind them.
+        state: the verifier's, behind them: B rows.
+        logits: `[B V]`, of the next bytes.
+        samplers: one for each row, standing there.
+        limits: bytes to write, for each row, >= 0.
+        until: for each row, what ends it early.
+    """
+
+    stream: DraftStream
+    state: NetworkState
+    logits: Float[Tensor, "B V"]
+    samplers: Sequence[Sampler]
+    limits: Sequence[int]
+    until: Sequence[Until] | None = None
+
+
 @dataclass
 class _Row:
     """One text in progress."""
@@ -92,44 +134,17 @@ class SpeculativeRows:
     """B texts that a verifier and a drafter write together. Rows that are through ride along without moving.
 
     Made by `SpeculativeDecoder.rows`.
-
-    Args:
-        runner: of the verifier, for B rows.
-        single: of the verifier, for the single steps of one row that plain decoding takes.
-        accept: the rule.
-        stream: the drafter, behind the same B texts.
-        state: the verifier's, behind them: B rows.
-        logits: `[B V]`, of the next bytes.
-        samplers: one for each row, standing there.
-        limits: bytes to write, for each row, >= 0.
-        draft: how much to draft for the next round, asked before each.
-        replay: whether the rule leaves bytes undecided.
-        stats: counted on.
-        until: for each row, what ends it early.
     """
 
-    def __init__(
-        self,
-        runner: Runner,
-        single: Runner,
-        accept: Accept,
-        stream: DraftStream,
-        state: NetworkState,
-        logits: Float[Tensor, "B V"],
-        samplers: Sequence[Sampler],
-        limits: Sequence[int],
-        draft: Callable[[], DraftLength],
-        replay: bool,
-        stats: SpeculationStats,
-        until: Sequence[Until] | None = None,
-    ):
-        ends = list(until) if until is not None else [None] * len(limits)
-        self._rows = [_Row(*parts) for parts in zip(samplers, limits, ends, strict=True)]
-        self._runner, self._single, self._accept, self._stream, self._draft = runner, single, accept, stream, draft
-        self._state, self._logits, self._first = state, logits, state
+    def __init__(self, rounds: Rounds, texts: Texts):
+        ends = list(texts.until) if texts.until is not None else [None] * len(texts.limits)
+        self._rows = [_Row(*parts) for parts in zip(texts.samplers, texts.limits, ends, strict=True)]
+        self._runner, self._single, self._accept = rounds.runner, rounds.single, rounds.accept
+        self._draft, self._stats = rounds.draft, rounds.stats
+        self._stream, self._state, self._logits, self._first = texts.stream, texts.state, texts.logits, texts.state
         for row in self._rows:
-            row.since = bytearray() if replay else None
-        self._stats, self._begun = stats, False
+            row.since = bytearray() if rounds.replay else None
+        self._begun = False
 
     @property
     def done(self) -> bool:
