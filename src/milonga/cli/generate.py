@@ -49,10 +49,7 @@ def run_generate(
         UserError: if there is no model at `run`, the prompt is not UTF-8, a setting is out of range, or a state file
             cannot be read or written.
     """
-    if logprobs is not None and not json_:
-        raise UserError("--logprobs: are part of the JSON; give --json too")
-    if logprobs is not None and speculation is not None:
-        raise UserError("--logprobs: are not known of drafted bytes; leave --drafter out")
+    _expect_logprobs(logprobs, json_, speculation)
     lm = load(run, device=device)
     warm_up(lm)
     decoder = None if speculation is None else decoder_of(lm, speculation)
@@ -76,6 +73,13 @@ def run_generate(
     if save is not None:
         session.save(save)
     return 0
+
+
+def _expect_logprobs(logprobs: int | None, json_: bool, speculation: Speculation | None) -> None:
+    if logprobs is not None and not json_:
+        raise UserError("--logprobs: are part of the JSON; give --json too")
+    if logprobs is not None and speculation is not None:
+        raise UserError("--logprobs: are not known of drafted bytes; leave --drafter out")
 
 
 def warm_up(lm: LanguageModel) -> None:
