@@ -11,7 +11,7 @@ from milonga.ops.decode_step.triton_kernels import silu
 from milonga.ops.selective_scan.triton_kernels import LOG2_E, step_size
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def conv_piece(
     xz, conv_weight, conv_bias, conv, u, T, E, CH: tl.constexpr, W: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -35,7 +35,7 @@ def conv_piece(
     tl.store(u + row * E + e, silu(total + bias).to(u.dtype.element_ty), mask=live)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "T"])  # one kernel for pieces of every length
 def ssm_piece(
     xz, u, low, dt_weight, dt_bias, A_log, D, state, dt, both, into, y, rows, T, E, R,
     SPLITS: tl.constexpr, STATES: tl.constexpr, N: tl.constexpr, RB: tl.constexpr, CH: tl.constexpr, TB: tl.constexpr,
