@@ -351,6 +351,43 @@ def test_losses_are_the_logits_losses(name: str) -> None:
     assert_close(last, output.logits[:, -1])
 
 
+@every_model
+@given(
+    batch=st.integers(1, 3), time=LENGTHS, carried=st.booleans(), steps=st.sampled_from(["last", "none"]), seed=SEEDS
+)
+def test_fewer_logits_change_nothing_else(
+    name: str, batch: int, time: int, carried: bool, steps: str, seed: int
+) -> None:
+    """`last` are the last of `all`, and whatever logits are wanted the state is the same."""
+    torch.manual_seed(seed)
+    it = subject(name)
+    tokens = it.inputs(batch, time)
+    if time == 0:
+        steps = "none"
+    with torch.no_grad():
+        state = it.run(it.inputs(batch, WINDOW + 3))[1] if carried else None
+        expected, after = it.run(tokens, state)
+        output = it.module(tokens, state, logits=steps)
+    if steps == "last":
+        assert_close(output.logits, expected[:, -1])
+    assert_same_state(output.state, after)
+
+
+@every_model
+@given(lengths=st.lists(st.integers(1, 2 * WINDOW), min_size=1, max_size=4), carried=st.booleans(), seed=SEEDS)
+def test_last_of_packed_is_the_last_of_each(name: str, lengths: list[int], carried: bool, seed: int) -> None:
+    """`last` of sequences that are packed, each after its own state."""
+    torch.manual_seed(seed)
+    it, segments = subject(name), Segments.from_lengths(lengths)
+    tokens = it.inputs(1, sum(lengths))
+    with torch.no_grad():
+        states = merge([it.run(it.inputs(1, 3 + 2 * index))[1] for index in range(len(lengths))]) if carried else None
+        expected, after = it.run(tokens, states, segments)
+        output = it.module(tokens, states, segments, logits="last")
+    assert_close(output.logits, expected[0, segments.offsets[1:] - 1])
+    assert_same_state(output.state, after)
+
+
 def test_every_kind_is_under_the_laws() -> None:
     """A layer that is registered but not listed in `subjects.py` fails here."""
     assert {type(config) for config in LAYERS.values()} == set(KINDS.values())

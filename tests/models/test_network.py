@@ -5,10 +5,12 @@ import math
 import pytest
 import torch
 
-from milonga.layers import AttentionConfig, MambaConfig, SwiGLUConfig
+from milonga.layers import AttentionConfig, MambaConfig, SwiGLUConfig, attention, swiglu
+from milonga.layers.linear import store_weights
 from milonga.layers.recompute import CHEAP
 from milonga.models import ModelConfig
 from milonga.segments import Segments
+from milonga.state import to_flat
 
 D = 256
 CONFIG = ModelConfig(
@@ -129,6 +131,118 @@ def test_what_does_not_fit(call, words):
     network = CONFIG.build()
     with pytest.raises(ValueError, match=words):
         call(network, torch.randint(1000, (2, 5)))
+
+
+@pytest.fixture
+def rows(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Steps of every sequence that a gate or a query is computed for, in order."""
+    seen: list[int] = []
+
+    def spied(function):
+        def call(x, *arguments, **settings):
+            seen.append(x.shape[1])
+            return function(x, *arguments, **settings)
+
+        return call
+
+    monkeypatch.setattr(swiglu, "swiglu", spied(swiglu.swiglu))
+    monkeypatch.setattr(attention, "window_attention", spied(attention.window_attention))
+    return seen
+
+
+NARROW = CONFIG.replace(
+    pattern="mlp swa mlp mlp", layers={"swa": AttentionConfig(heads=4, window=8), "mlp": SwiGLUConfig(d_hidden=64)}
+)
+
+
+def test_only_what_the_wanted_logits_need_is_computed(rows: list[int]) -> None:
+    network, tokens = NARROW.build(), torch.randint(1000, (2, 20))
+    with torch.no_grad():
+        full = network(tokens)
+        assert rows == [20] * 8
+        rows.clear()
+        last = network(tokens, network.init_state(2), logits="last")
+        assert rows == [20, 20, 20, 20, 20, 1, 1, 1]  # of the last attention layer one query, and what is behind it
+        rows.clear()
+        none = network(tokens, logits="none")
+        assert rows == [20, 20, 20, 20, 20, 20, 0, 0] and none.logits is None
+        rows.clear()
+        segments = Segments([0, 3, 20, 40])
+        packed = network(tokens.view(1, 40), segments=segments, logits="last").logits
+        assert rows == [40] * 6 + [3, 3]
+        everything = network(tokens.view(1, 40), segments=segments).logits[0]
+        rows.clear()
+        trained = network(tokens, logits="none", targets=tokens)
+        assert rows == [20] * 8 and torch.equal(trained.losses, network(tokens, targets=tokens).losses)
+        traced = network(tokens, logits="last", traced=True)
+    torch.testing.assert_close(last.logits, full.logits[:, -1], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(packed, everything[[2, 19, 39]], rtol=1e-4, atol=1e-5)
+    states = (last.state, none.state, network.commit(None, traced.trace))
+    for state in states:
+        for got, expected in zip(to_flat(state).values(), to_flat(full.state).values(), strict=True):
+            torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("storage", ["bf16", "int8"])
+def test_last_of_stored_weights(rows: list[int], storage: str) -> None:
+    network, tokens = NARROW.build(), torch.randint(1000, (2, 20))
+    store_weights(network, storage)
+    with torch.no_grad():
+        last = network(tokens, logits="last").logits
+        assert rows[-3:] == [1, 1, 1]
+        torch.testing.assert_close(last, network(tokens).logits[:, -1], rtol=1e-4, atol=1e-5)
+
+
+def test_gradients_of_the_last_logits(rows: list[int]) -> None:
+    network, tokens = NARROW.build(), torch.randint(1000, (2, 20))
+    upstream = torch.randn(2, 1000)
+    parameters = list(network.parameters())
+    expected = torch.autograd.grad(network(tokens).logits[:, -1], parameters, upstream)
+    for names in ((), CHEAP):
+        network.recompute = names
+        rows.clear()
+        got = torch.autograd.grad(network(tokens, logits="last").logits, parameters, upstream)
+        assert rows[:8] == [20] * 5 + [1] * 3
+        assert all(float((a - b).norm()) <= 1e-5 * float(b.norm()) for a, b in zip(got, expected, strict=True))
+
+
+def test_whoever_looks_on_sees_every_step(rows: list[int]) -> None:
+    """A hook on a part of a network is called with what it was always called with."""
+    network, tokens = NARROW.build(), torch.randint(1000, (2, 20))
+    seen = []
+    places = {
+        5: network.sublayers[5],
+        7: network.sublayers[6].layer.down,
+        6: network.sublayers[5].layer.out_proj,
+        8: network.sublayers[7].norm,
+    }
+    with torch.no_grad():
+        expected = network(tokens, logits="last").logits
+        for computed, module in places.items():
+            handle = module.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0].shape[1]))
+            rows.clear()
+            got = network(tokens, logits="last").logits
+            handle.remove()
+            assert seen == [20]
+            seen.clear()
+            torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+            assert rows == [20] * max(computed, 6) + [1] * (8 - max(computed, 6))
+        handle = torch.nn.modules.module.register_module_forward_hook(lambda *_: None)
+        rows.clear()
+        network(tokens, logits="last")
+        handle.remove()
+        assert rows == [20] * 8
+
+
+@pytest.mark.parametrize("time", [1, 7, 8, 9, 20])
+def test_last_compiles(time: int) -> None:
+    network, tokens = NARROW.build(), torch.randint(1000, (2, time))
+    torch.compiler.reset()
+    with torch.no_grad():
+        run = torch.compile(lambda t, s: network(t, s, logits="last").logits, backend="aot_eager", fullgraph=True)
+        torch.testing.assert_close(
+            run(tokens, network.init_state(2)), network(tokens).logits[:, -1], rtol=1e-4, atol=1e-5
+        )
 
 
 def test_residual_stream_in_bf16() -> None:

@@ -157,6 +157,33 @@ class Attention(Layer):
         )
         return self.out_proj(y.flatten(2)), AttentionTrace(k, v, columns, segments)
 
+    def advance_last(
+        self, x: Float[Tensor, "B T D"], state: AttentionState | None, segments: Segments | None = None
+    ) -> tuple[Float[Tensor, "B L D"], AttentionTrace]:
+        """As `Layer.advance_last`: keys of all steps, and one query where the piece holds every key that it sees."""
+        (batch, time), window = x.shape[:2], self.config.window
+        inside = time >= window if window is not None and state is not None else state is None
+        if not inside or time < 2 or segments is not None or self.config.short_conv:
+            return super().advance_last(x, state, segments)
+        kv = self.qkv_proj.from_feature(x, self.heads * self.width).view(batch, time, 2 * self.groups, self.width)
+        k, v = kv.split(self.groups, 2)
+        k = self._turned(k, state, None)
+        q = self.qkv_proj(x[:, -1:]).view(batch, 1, -1, self.width)[:, :, : self.heads]
+        q = self._turned(q, state, None, skipped=time - 1)
+        past = time - 1 if window is None else min(window, time) - 1
+        before = slice(time - 1 - past, time - 1)
+        y = window_attention(
+            q,
+            k[:, -1:],
+            v[:, -1:],
+            window=None,  # all that is handed over is in sight
+            past_k=k[:, before],
+            past_v=v[:, before],
+            position=torch.full((batch,), past, dtype=torch.int64, device=x.device),
+            deterministic=self.deterministic,
+        )
+        return self.out_proj(y.flatten(2)), AttentionTrace(k, v, x[..., :0], None)
+
     def _project(
         self, x: Tensor, state: AttentionState | None, segments: Segments | None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -174,12 +201,15 @@ class Attention(Layer):
         q, k = self._turned(qk, state, segments).split(heads[:2], dim=2)
         return q, k, v, columns
 
-    def _turned(self, heads: Tensor, state: AttentionState | None, segments: Segments | None) -> Tensor:
-        """`[B T H K]` with rotary positions, where the layer has them."""
+    def _turned(
+        self, heads: Tensor, state: AttentionState | None, segments: Segments | None, skipped: int = 0
+    ) -> Tensor:
+        """`[B T H K]` with rotary positions, where the layer has them; without segments from the step `skipped` on."""
         if self.config.rope_base is None:
             return heads
         start = state.position if state is not None else None
-        positions = self._positions(heads.shape[0], heads.shape[1], start, segments, heads.device)
+        time = heads.shape[1] + skipped
+        positions = self._positions(heads.shape[0], time, start, segments, heads.device)[..., skipped:]
         turn = partial(rotary, positions=positions, base=self.config.rope_base)
         return cheap("rotary", turn(heads), turn, heads)
 

@@ -69,6 +69,7 @@ class Layer(nn.Module):
     Subclasses give `advance`, `commit` and `init_state`; `forward` is written once, here.
     """
 
+    apart: ClassVar[bool] = False  # each step is read by itself, without a state: some steps of x give these of y
     no_decay: ClassVar[tuple[str, ...]] = ()  # parameter names that weight decay leaves alone
     own_init: tuple[str, ...] = ()  # parameter names that a model-wide initialisation leaves alone
     residual_output: ClassVar[str]  # name of the weight that writes into the residual stream
@@ -82,6 +83,16 @@ class Layer(nn.Module):
         empty state. With segments the batch is packed `[1 T D]` and the state has a row per sequence.
         """
         raise NotImplementedError
+
+    def advance_last(
+        self, x: Float[Tensor, "B T D"], state: State | None, segments: Segments | None = None
+    ) -> tuple[Float[Tensor, "B L D"], Trace]:
+        """`advance`, of whose output only `last_steps` is wanted; no sequence is empty.
+
+        Here as `advance`; a layer that can leave out the rest overrides it. The trace is that of all steps.
+        """
+        y, trace = self.advance(x, state, segments)
+        return last_steps(y, segments), trace
 
     def commit(self, state: State | None, trace: Trace, keep: Keep | None = None) -> State:
         """The state after the traced piece, or after its first `keep` steps (one number, or one per sequence). Pure."""
@@ -140,8 +151,22 @@ class Layer(nn.Module):
 def bare(module: nn.Module, kind: type[nn.Module]) -> bool:
     """Whether a module is of this very kind and nobody looks on by a hook, so that what takes its weights past the
     call does what calling it does. A parametrization makes a module of another kind."""
+    return type(module) is kind and not _hooked(module) and not _has_any_global_hook()
+
+
+def unseen(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether a module is of this very kind and nobody looks on, at it or at any module inside it."""
+    return bare(module, kind) and not any(map(_hooked, module.modules()))
+
+
+def _hooked(module: nn.Module) -> bool:
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    return type(module) is kind and not any(hooks) and not _has_any_global_hook()
+    return any(hooks)
+
+
+def last_steps(x: Float[Tensor, "B T D"], segments: Segments | None) -> Float[Tensor, "B L D"]:
+    """The last step of every sequence, of which none is empty: `[B 1 D]`, packed `[1 S D]`."""
+    return x[:, -1:] if segments is None else x[:, segments.on(x.device)[1:] - 1]
 
 
 def keep_per_sequence(keep: Keep | None, lengths: Tensor) -> Tensor:

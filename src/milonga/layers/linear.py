@@ -30,6 +30,10 @@ class Linear(nn.Linear):
         """The product in parts of `sizes` features, see `linear_split`."""
         return linear_split(input, self.taken(input), sizes)
 
+    def from_feature(self, input: Float[Tensor, "*rows D"], first: int) -> Float[Tensor, "*rows G"]:
+        """The product's features from `first` on."""
+        return linear(input, self.taken(input)[first:])
+
     def taken(self, input: Tensor) -> Tensor:
         """The weight as the product takes it: under autocast on a GPU a copy in its dtype, cheap to make again."""
         if not input.is_cuda or not torch.is_autocast_enabled("cuda"):
@@ -69,6 +73,10 @@ class StoredLinear(nn.Module):
     def split(self, input: Float[Tensor, "*rows D"], sizes: Sequence[int]) -> tuple[Tensor, ...]:
         """The product in parts of `sizes` features, see `linear_split`."""
         return linear_split(input, self.weight, sizes, self.scale)
+
+    def from_feature(self, input: Float[Tensor, "*rows D"], first: int) -> Float[Tensor, "*rows G"]:
+        """The product's features from `first` on."""
+        return linear(input, self.weight[first:], None if self.scale is None else self.scale[first:])
 
     def extra_repr(self) -> str:
         """Shape and storage."""

@@ -50,6 +50,7 @@ class NoState(NamedTuple):
 class SwiGLU(Layer):
     """Samba, section 2.1.3 (Shazeer, "GLU Variants Improve Transformer", 2020)."""
 
+    apart = True
     residual_output = "down.weight"
 
     def __init__(self, d_model: int, d_hidden: int):

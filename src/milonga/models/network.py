@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from milonga.layers import Layer, LayerConfig, NormKind, build_norm
-from milonga.layers.base import Keep, Trace
+from milonga.layers.base import Keep, Trace, last_steps, unseen
 from milonga.layers.linear import Linear
 from milonga.layers.mamba_run import MambaRun, MambaRuns, Pair, watched
 from milonga.layers.recompute import cheap, forgetting
@@ -75,13 +75,21 @@ class Sublayer(nn.Module):
         segments: Segments | None,
         keep_state: bool,
         traced: bool,
+        last: bool = False,
     ) -> tuple[Float[Tensor, "B T D"], Float[Tensor, "B T D"], State | None, Trace | None]:
-        """-> (`x + branch`, what the layer adds to it, the next state unless not wanted, the trace if wanted)."""
+        """-> (`x + branch`, what the layer adds to it, the next state unless not wanted, the trace if wanted).
+
+        With `last` the first two are `last_steps` of these.
+        """
         if branch is None:
             y = self.norm(x)
         else:
             y, x = self.norm(x, branch)
-        y, trace = self.layer.advance(cheap("norm", y, self.norm, x), state, segments)
+        y = cheap("norm", y, self.norm, x)
+        if last:
+            (y, trace), x = self.layer.advance_last(y, state, segments), last_steps(x, segments)
+        else:
+            y, trace = self.layer.advance(y, state, segments)
         after = self.layer.commit(state, trace) if keep_state and not traced else None
         return x, y, after, trace if traced else None
 
@@ -182,12 +190,31 @@ class Network(nn.Module):
         Raises:
             ValueError: if the shapes do not fit, or `logits="last"` meets an empty sequence.
         """
-        self._check(tokens, state, segments, targets)
+        wanted = logits or ("all" if targets is None else "none")
+        self._check(tokens, state, segments, targets, wanted)
         keep_state = state is not None or targets is None
         x = self.embedding(tokens)
         x = x if self.residual_dtype is None else x.to(self.residual_dtype)
+        every = targets is not None or wanted == "all"
+        x, branch, states, traces = self._read(
+            x, state, segments, "all" if every else wanted, keep_state and not traced, traced
+        )
+        scores, losses = self._results(x, branch, targets, wanted)
+        return NetworkOutput(scores, losses, states, traces)
+
+    def _read(
+        self,
+        x: Float[Tensor, "B T D"],
+        state: NetworkState | None,
+        segments: Segments | None,
+        steps: LogitsOf,
+        keep_state: bool,
+        traced: bool,
+    ) -> tuple[Tensor, Tensor | None, NetworkState | None, tuple[Trace, ...] | None]:
+        """The sub-layers: -> (the stream and what the last of them adds to it, at these steps; states; traces)."""
         branch, states, traces = None, [], []
-        runs, passed = self._runs(tokens, state, segments, traced), 0
+        runs, passed = self._runs(x, state, segments, traced), 0
+        final = None if steps == "all" else self._final(x.shape[1])
         for index, sublayer in enumerate(self.sublayers):
             if index < passed:
                 continue
@@ -197,35 +224,54 @@ class Network(nn.Module):
                     x, branch, passed = stepped[0], stepped[1], index + len(runs[index])
                     states.extend(stepped[2])
                     continue
+            before = None if state is None else state[index]
+            last = index == final and steps == "last" and unseen(sublayer, Sublayer)
             with forgetting(self.recompute):
-                before = None if state is None else state[index]
-                x, branch, after, trace = sublayer(x, branch, before, segments, keep_state, traced)
+                x, branch, after, trace = sublayer(x, branch, before, segments, keep_state, traced, last)
+            if index == final:
+                if steps == "none":
+                    x, branch = x[:, :0], branch[:, :0]
+                elif not last:
+                    x, branch = last_steps(x, segments), last_steps(branch, segments)
+                segments = None
             states.append(after)
             traces.append(trace)
-        wanted = logits or ("all" if targets is None else "none")
-        losses = None
+        return x, branch, tuple(states) if keep_state else None, tuple(traces) if traced else None
+
+    def _final(self, time: int) -> int | None:
+        """The last sub-layer that reads every step: behind it only the steps whose logits are wanted go on.
+
+        Behind it each step is read by itself, and nobody looks on who would miss the others.
+        """
+        if time < 2:
+            return None
+        final = len(self.sublayers) - 1
+        for sublayer in reversed(list(self._stack())[1:]):
+            if not (unseen(sublayer, Sublayer) and sublayer.layer.apart):
+                break
+            final -= 1
+        return final
+
+    def _results(
+        self, x: Tensor, branch: Tensor | None, targets: Tensor | None, wanted: LogitsOf
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """-> (logits, losses), of what was asked for."""
+        if wanted == "none" and targets is None:
+            return None, None
         if wanted == "last":
-            if targets is not None:
-                raise ValueError("network: logits='last' and targets exclude each other")
-            x = _last_steps(x, segments)
-            branch = None if branch is None else _last_steps(branch, segments)
-        if wanted != "none" or targets is not None:
-            x = self.norm(x) if branch is None else self.norm(x, branch)[0]
-        if targets is not None:
-            losses = linear_cross_entropy(x, self.head.weight, targets)
-        scores = None
-        if wanted != "none":
-            scores = self.head(x)
-            scores = scores.float() if scores.element_size() < 4 else scores
-        return NetworkOutput(
-            scores, losses, tuple(states) if keep_state and not traced else None, tuple(traces) if traced else None
-        )
+            x, branch = x.flatten(0, 1), None if branch is None else branch.flatten(0, 1)
+        x = self.norm(x) if branch is None else self.norm(x, branch)[0]
+        losses = None if targets is None else linear_cross_entropy(x, self.head.weight, targets)
+        if wanted == "none":
+            return None, losses
+        scores = self.head(x)
+        return scores.float() if scores.element_size() < 4 else scores, losses
 
     def _runs(
-        self, tokens: Tensor, state: NetworkState | None, segments: Segments | None, traced: bool
+        self, x: Tensor, state: NetworkState | None, segments: Segments | None, traced: bool
     ) -> Mapping[int, MambaRun]:
         """Mamba layers that one kernel may take together, by the index of the first: for a decoded token on a CPU."""
-        if tokens.shape[1] != 1 or state is None or segments is not None or traced or not direct(tokens):
+        if x.shape[1] != 1 or state is None or segments is not None or traced or not direct(x):
             return _NO_RUNS
         stack: list[Pair] = []
         for sublayer in self.sublayers:
@@ -234,7 +280,12 @@ class Network(nn.Module):
         return self._mamba_runs.of(stack)
 
     def _check(
-        self, tokens: Tensor, state: NetworkState | None, segments: Segments | None, targets: Tensor | None
+        self,
+        tokens: Tensor,
+        state: NetworkState | None,
+        segments: Segments | None,
+        targets: Tensor | None,
+        wanted: LogitsOf,
     ) -> None:
         if tokens.ndim != 2 or tokens.dtype not in (torch.int64, torch.int32):
             raise ValueError(f"network: tokens must be int64 [B T], got {tokens.dtype} {list(tokens.shape)}")
@@ -244,6 +295,14 @@ class Network(nn.Module):
             raise ValueError(f"network: targets must be {list(tokens.shape)} like tokens, got {list(targets.shape)}")
         if state is not None and len(state) != len(self.sublayers):
             raise ValueError(f"network: state must have {len(self.sublayers)} layers, got {len(state)}")
+        if wanted != "last":
+            return
+        if targets is not None:
+            raise ValueError("network: logits='last' and targets exclude each other")
+        if tokens.shape[1] == 0 and segments is None:
+            raise ValueError("network: an empty piece has no last step; ask for logits='none'")
+        if segments is not None and bool((segments.lengths == 0).any()):
+            raise ValueError("network: an empty sequence has no last step; ask for logits='none' or leave it out")
 
     def commit(self, state: NetworkState | None, trace: Sequence[Trace], keep: Keep | None = None) -> NetworkState:
         """The state after a traced piece, or after its first `keep` steps (one number, or one per sequence). Pure."""
@@ -279,17 +338,6 @@ class Network(nn.Module):
             names |= {f"{prefix}.norm.{name}": p for name, p in sublayer.norm.named_parameters()}
             names |= {f"{prefix}.layer.{name}": p for name, p in sublayer.layer.named_no_decay()}
         return names
-
-
-def _last_steps(x: Tensor, segments: Segments | None) -> Tensor:
-    """The last step of every sequence: `[B T D]` -> `[S D]`."""
-    if segments is None:
-        if x.shape[1] == 0:
-            raise ValueError("network: an empty piece has no last step; ask for logits='none'")
-        return x[:, -1]
-    if bool((segments.lengths == 0).any()):
-        raise ValueError("network: an empty sequence has no last step; ask for logits='none' or leave it out")
-    return x[0, segments.on(x.device)[1:] - 1]
 
 
 def allocate(network: Network, device: torch.device | str) -> None:
