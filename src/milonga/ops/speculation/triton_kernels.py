@@ -107,7 +107,7 @@ def draw_token(
     tl.store(live + b, more.to(tl.int64))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def decide(
     logits, text, text_row, count, count_row, node, step, draft_row, sums, bounds,
     active, accept, draw, temperature, inputs_row, result, result_row, keep, B, T, V,
