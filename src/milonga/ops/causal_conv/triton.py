@@ -89,10 +89,14 @@ def backward(
     initial: Tensor | None,
     offsets: Tensor | None,
     silu: bool,
+    into: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Kernel of `milonga::causal_conv_backward` on a GPU: as on the CPU; two launches."""
+    """Kernel of `milonga::causal_conv_backward` on a GPU: as on the CPU; two launches.
+
+    The gradient of x is written to `into` where that is given, `[B T E]`, rows equally far apart.
+    """
     plan = _Plan(x, weight, offsets)
-    grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device) if into is None else into
     grad_initial = x.new_empty(0 if initial is None else initial.shape)
     grad_weight = torch.empty(weight.shape, dtype=weight.dtype, device=x.device)
     grad_bias = x.new_empty(0 if bias is None else bias.shape, dtype=torch.float32 if bias is None else bias.dtype)
@@ -110,7 +114,7 @@ def backward(
     with torch.cuda.device_of(x):
         triton_kernels.conv_backward[(slots * plan.blocks,)](
             upstream, after, x, weight, weight if bias is None else bias, before, bounds, grad_x, partial, grad_initial,
-            plan.time, plan.width, plan.sequences, length, g_step, x_step,
+            plan.time, plan.width, plan.sequences, length, g_step, x_step, grad_x.stride(1),
             K=_AHEAD_BACKWARD, Y=grad_y is not None, FINAL=grad_final is not None,
             **plan.constants(bias, initial, silu),
         )  # fmt: skip

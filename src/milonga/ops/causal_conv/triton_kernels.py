@@ -120,7 +120,7 @@ def conv_forward(
 @triton.jit(do_not_specialize=["T", "sequences", "length"])
 def conv_backward(
     grad_y, grad_final, x, weight, bias, initial, bounds, grad_x, partial, grad_initial,
-    T, E, sequences, length, g_step, x_step,
+    T, E, sequences, length, g_step, x_step, out_step,
     W: tl.constexpr, PADDED: tl.constexpr, CH: tl.constexpr, K: tl.constexpr, PACKED: tl.constexpr,
     INITIAL: tl.constexpr, BIAS: tl.constexpr, SILU: tl.constexpr, Y: tl.constexpr, FINAL: tl.constexpr,
 ):  # fmt: skip
@@ -147,7 +147,7 @@ def conv_backward(
     columns = columns_before(x, x_step, initial, start, total, sequence, e, E, live, W, INITIAL)
     x_at = x + start * x_step + e
     g_at = grad_y + (origin + start) * g_step + e
-    out_at = grad_x + (origin + start - (W - 1)) * E + e
+    out_at = grad_x + (origin + start - (W - 1)) * out_step + e
     kept = sequence.to(tl.int64) * (W - 1)
     slopes = (zero,)
     for _ in tl.static_range(W - 2):
@@ -183,14 +183,14 @@ def conv_backward(
                 place = start + q - total + (W - 1)
                 there = live & (place >= 0) & (q < steps)
                 d_x += tl.load(grad_final + (kept + place) * E + e, mask=there, other=0.0).to(tl.float32)
-            tl.store(out_at + k * E, d_x, mask=live & (q >= 0) & (q < steps))
+            tl.store(out_at + k * out_step, d_x, mask=live & (q >= 0) & (q < steps))
             if INITIAL:
                 tl.store(grad_initial + (kept + t) * E + e, d_x, mask=live & (q < 0) & (chunk == 0))
             columns = shifted(columns, value, W)
             slopes = shifted(slopes, slope, W)
         x_at += K * x_step
         g_at += K * g_step
-        out_at += K * E
+        out_at += K * out_step
         values = coming
         upstream = coming_g
     partial += slot.to(tl.int64) * (W + 1) * E + e

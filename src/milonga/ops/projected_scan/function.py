@@ -13,16 +13,16 @@ from milonga.ops.selective_scan.reference import selective_scan_reference
 from milonga.segments import Segments
 
 
-def _product(x: Tensor, weight: Tensor) -> Tensor:
+def product(x: Tensor, weight: Tensor) -> Tensor:
     """`x @ weight^T`, the very product that `linear` takes where gradients are on: that of few rows has its own."""
     with torch.enable_grad():
         return linear(x.detach(), weight.detach())
 
 
-def _add_product_(total: Tensor, x: Tensor, weight: Tensor) -> None:
+def add_product_(total: Tensor, x: Tensor, weight: Tensor) -> None:
     """`total += x @ weight` in one pass; fp32 on a CPU by the product of `linear`, which is worth a pass more."""
     if total.device.type == "cpu" and total.dtype == torch.float32:
-        total.add_(_product(x, weight.t()))
+        total.add_(product(x, weight.t()))
     else:
         total.addmm_(x, weight)
 
@@ -49,9 +49,9 @@ class ProjectedScan(torch.autograd.Function):
         backend: str,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         rank, states = dt_weight.shape[1], A.shape[1]
-        joint = _product(u, x_weight)
+        joint = product(u, x_weight)
         low, B, C = joint.split((rank, states, states), -1)
-        dt = _product(low, dt_weight)
+        dt = product(low, dt_weight)
         inputs = (u, dt, A, B, C, D, z, dt_bias, initial)
         kept = None
         if backend == "reference":
@@ -64,7 +64,7 @@ class ProjectedScan(torch.autograd.Function):
         ctx.initial, ctx.segments, ctx.backend, ctx.device = initial is not None, segments, backend, u.device.type
         start = initial if kept is None else None  # with checkpoints it is among them
         ctx.save_for_backward(u, z, joint, x_weight, dt_weight, A, out_weight, D, dt_bias, start, kept)
-        return _product(y, out_weight), final, dt, B
+        return product(y, out_weight), final, dt, B
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -85,9 +85,9 @@ def _gradients(
     need_u, _, need_x_weight, need_dt_weight, _, need_out_weight = ctx.needs_input_grad[:6]
     width, sizes = u.shape[-1], (dt_weight.shape[1], A.shape[1], A.shape[1])
     low, B, C = joint.split(sizes, -1)
-    inputs = (u, _product(low, dt_weight), A, B, C, D, z, dt_bias)
+    inputs = (u, product(low, dt_weight), A, B, C, D, z, dt_bias)
     upstream = None if grad_out is None else grad_out.reshape(-1, out_weight.shape[0])
-    grad_y = None if upstream is None else _product(upstream, out_weight.t()).view(u.shape)
+    grad_y = None if upstream is None else product(upstream, out_weight.t()).view(u.shape)
     if grad_y is None and grad_final is None:
         grad_y = torch.zeros_like(u)
     gated = upstream is not None and need_out_weight
@@ -96,7 +96,7 @@ def _gradients(
     del grad_y, inputs, found  # dt among them: large, and wanted no more
     grad_out_weight = None
     if upstream is not None and need_out_weight:
-        grad_out_weight = _product(upstream.t(), y.view(-1, width).t())
+        grad_out_weight = product(upstream.t(), y.view(-1, width).t())
     del y
     if more_dt is not None:
         grad_dt.add_(more_dt)
@@ -111,10 +111,10 @@ def _gradients(
     if more_B is not None:
         part_B.add_(more_B.reshape(part_B.shape))
     rows = low.reshape(-1, sizes[0])
-    grad_dt_weight = _product(grad_dt.t(), rows.t()) if need_dt_weight else None
-    grad_x_weight = _product(grad_joint.t(), u.reshape(-1, width).t()) if need_x_weight else None
+    grad_dt_weight = product(grad_dt.t(), rows.t()) if need_dt_weight else None
+    grad_x_weight = product(grad_joint.t(), u.reshape(-1, width).t()) if need_x_weight else None
     if need_u:
-        _add_product_(grad_u.view(-1, width), grad_joint, x_weight)
+        add_product_(grad_u.view(-1, width), grad_joint, x_weight)
     gradients = (grad_u, grad_z, grad_x_weight, grad_dt_weight, grad_A, grad_out_weight)
     optional = ((grad_D, D is not None), (grad_bias, dt_bias is not None), (grad_initial, ctx.initial))
     return *gradients, *(gradient if there else None for gradient, there in optional), None, None

@@ -1,6 +1,7 @@
 """`selective_scan` in Gluon: where it applies, the choice of chunks, launches, and sums in a fixed order."""
 
 from functools import cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -61,6 +62,18 @@ def _length(rows: int, sequences: int, packed: bool, blocks: int, enough: int, f
     steps = max(-(-longest // pieces), SHORTEST if pieces > 1 else 1)
     finer = next((count for count in (8, 4, 2) if pieces > 1 and steps >= count * FINE), 1)
     return -(-steps // (CHUNK * finer)) * CHUNK * finer, finer
+
+
+class Into(NamedTuple):
+    """Where a backward pass writes. Rows of the first four, `[B T E]`, are E or 2E apart, those of the others as far
+    from each other in both."""
+
+    grad_x: Tensor
+    grad_dt: Tensor
+    grad_z: Tensor
+    y: Tensor
+    grad_B: Tensor  # [B T N]
+    grad_C: Tensor
 
 
 class _Plan:
@@ -161,14 +174,21 @@ def backward(
     offsets: Tensor | None,
     kept: Tensor,
     gated: bool = False,
+    into: Into | None = None,
 ) -> tuple[Tensor, ...]:
-    """Kernel of `milonga::selective_scan_backward`; its y, like that of the forward pass, is summed in fp32."""
+    """Kernel of `milonga::selective_scan_backward`; its y, like that of the forward pass, is summed in fp32.
+
+    With `into` the gradients of x, dt, z, B and C and y, which z and `gated` ask for, are written there.
+    """
     plan = _Plan(x, offsets, ENOUGH_BACKWARD, _FIRST_BACKWARD)
     width, slots = plan.width, plan.slots
-    grad_x, grad_dt = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for _ in range(2))
-    grad_z = torch.empty(x.shape if z is not None else (0,), dtype=x.dtype, device=x.device)
-    y = torch.empty(x.shape if gated else (0,), dtype=x.dtype, device=x.device)
-    grad_B, grad_C = (torch.empty(B.shape, dtype=B.dtype, device=B.device) for _ in range(2))
+    if into is None:
+        grad_x, grad_dt = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for _ in range(2))
+        grad_z = torch.empty(x.shape if z is not None else (0,), dtype=x.dtype, device=x.device)
+        y = torch.empty(x.shape if gated else (0,), dtype=x.dtype, device=x.device)
+        grad_B, grad_C = (torch.empty(B.shape, dtype=B.dtype, device=B.device) for _ in range(2))
+    else:
+        grad_x, grad_dt, grad_z, y, grad_B, grad_C = into
     grad_initial = A.new_empty((plan.sequences, width, STATES) if initial else (0,))
     # packed sequences share the rows of partial sums, so that short ones do not cost a chunk each
     size = plan.rows * plan.blocks * 2 * STATES
@@ -186,11 +206,12 @@ def backward(
             launch(
                 kept, (index * part, (index + 1) * part if count > 1 else plan.length), partial_rows, count > 1,
                 (grad_x, grad_dt, grad_z, y, partials, parts_A[here], parts_D[here], parts_bias[here], grad_initial),
-                initial, gated,
+                initial, gated, grad_x.stride(1) // width,
             )  # fmt: skip
             if partial_rows > 0:
                 triton_sums.sum_blocks[(-(-partial_rows // 8),)](
                     partials, grad_B, grad_C, partial_rows, plan.blocks, plan.time, plan.length, part, index * part,
+                    grad_B.stride(-2),
                     ROWS=8, PARTS=count > 1, num_warps=2,
                 )  # fmt: skip
     grad_A, grad_D, grad_bias = (A.new_empty(width * kind) for kind in kinds)
@@ -263,11 +284,12 @@ class _Launch:
         outputs: tuple[Tensor, ...],
         initial: bool,
         gated: bool,
+        spread: int,
     ) -> None:
         if parts and self.carried is self.inputs[6]:
             self.carried = kept.new_empty(self.plan.slots, self.plan.width, STATES)
         with self.device:
             gluon_backward.scan_backward[(self.plan.programs,)](
                 *self.inputs, self.carried, self.bounds, kept, *outputs, *self.sizes, *span, partial_rows, *self.steps,
-                **self.fixed, INITIAL=initial, GATED=gated, PARTS=parts,
+                **self.fixed, INITIAL=initial, GATED=gated, PARTS=parts, SPREAD=spread,
             )  # fmt: skip

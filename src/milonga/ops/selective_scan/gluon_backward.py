@@ -230,9 +230,11 @@ def scan_backward(
     gy_step, x_step, dt_step, z_step, B_step, C_step, kept_step,
     PACKED: gl.constexpr, STARTS: gl.constexpr, FINAL: gl.constexpr, INITIAL: gl.constexpr, GATED: gl.constexpr,
     PARTS: gl.constexpr, Y: gl.constexpr, Z: gl.constexpr, D_: gl.constexpr, BIAS: gl.constexpr, EXACT: gl.constexpr,
-    KEEP: gl.constexpr,
+    KEEP: gl.constexpr, SPREAD: gl.constexpr,
 ):  # fmt: skip
     """All gradients of the steps from `low` to `high` of each chunk. Parts are walked from the last to the first.
+
+    Rows of the gradients of x, dt and z, and of y, are E * SPREAD numbers apart.
 
     With GATED the output of the forward pass too. With KEEP the upstream gradient and z of a tile, of two bytes each,
     stay in shared memory for the last phase, for which x does in any case; else they are read again.
@@ -287,8 +289,8 @@ def scan_backward(
     dt += last * dt_step
     B += last * B_step
     C += last * C_step
-    grad_x += last * E
-    grad_dt += last * E
+    grad_x += last * (E * SPREAD)
+    grad_dt += last * (E * SPREAD)
     kept += ((last - origin) // TILE + origin // TILE + sequence) * kept_step
     if PARTS:
         place = slot.to(gl.int64) * (high - low)
@@ -299,9 +301,9 @@ def scan_backward(
         grad_y += last * gy_step
     if Z:
         z += last * z_step
-        grad_z += last * E
+        grad_z += last * (E * SPREAD)
     if GATED:
-        y += last * E
+        y += last * (E * SPREAD)
     line = gl.arange(0, 4 * TILE, layout=gl.BlockedLayout([1], [32], [4], [0]))
     line_t = line // 4
     kind = line % 4
@@ -438,7 +440,7 @@ def scan_backward(
 
         t = recomputed(t)
         there = (t < left)[:, None] & alive
-        out_at = t[:, None] * E + e[None, :]
+        out_at = t[:, None] * (E * SPREAD) + e[None, :]
         old_x = rows_x.load(NARROW_ROWS_LAYOUT)
         old_dt = old_x
         if EXACT:
@@ -499,12 +501,12 @@ def scan_backward(
         if BIAS:
             d_dt = gl.where((t < left)[:, None], d_dt, 0.0)
             d_bias += gl.convert_layout(gl.sum(d_dt.reshape([4, 8, CHANNELS]), 0), NARROW_ROWS_LAYOUT)
-        grad_x -= TILE * E
-        grad_dt -= TILE * E
+        grad_x -= TILE * SPREAD * E
+        grad_dt -= TILE * SPREAD * E
         if Z:
-            grad_z -= TILE * E
+            grad_z -= TILE * SPREAD * E
         if GATED:
-            y -= TILE * E
+            y -= TILE * SPREAD * E
         left = TILE
     to = slot.to(gl.int64) * E
     gl.store(grad_A + to * STATES + at, d_A, mask=live)

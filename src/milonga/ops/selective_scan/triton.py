@@ -200,10 +200,15 @@ def backward(
     offsets: Tensor | None,
     kept: Tensor,
     gated: bool = False,
+    into: gluon.Into | None = None,
 ) -> tuple[Tensor, ...]:
-    """Kernel of `milonga::selective_scan_backward` on a GPU: as on the CPU."""
+    """Kernel of `milonga::selective_scan_backward` on a GPU: as on the CPU.
+
+    `into` is for where `gluon.suits` alone.
+    """
     if gluon.suits(x, A):
-        return gluon.backward(grad_y, grad_final, x, dt, A, B, C, D, z, dt_bias, initial, offsets, kept, gated)
+        return gluon.backward(grad_y, grad_final, x, dt, A, B, C, D, z, dt_bias, initial, offsets, kept, gated, into)
+    assert into is None
     plan = _Plan(x, A, offsets)
     padded, width = plan.padded, plan.width
     grad_x, grad_dt = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for _ in range(2))

@@ -6,10 +6,10 @@ import triton.language as tl
 
 @triton.jit(do_not_specialize=["rows", "blocks", "T", "length", "part", "low"])
 def sum_blocks(
-    partials, grad_B, grad_C, rows, blocks, T, length, part, low,
+    partials, grad_B, grad_C, rows, blocks, T, length, part, low, out_step,
     ROWS: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """dB and dC of 16 states from the sums of each block of channels, `[blocks, rows, 32]`.
+    """dB and dC of 16 states from the sums of each block of channels, `[blocks, rows, 32]`, to rows `out_step` apart.
 
     With PARTS row i of `partials` is step `low` + i % part of slot i // part, else row i of the batch.
     """
@@ -34,7 +34,7 @@ def sum_blocks(
     # columns, from the highest bit: n0, n3, dB or dC, n2, n1
     n = (j >> 4 & 1) + (j & 1) * 2 + (j >> 1 & 1) * 4 + (j >> 3 & 1) * 8
     for_C = (j >> 2 & 1) == 1
-    to = row[:, None] * 16 + n[None, :]
+    to = row[:, None] * out_step + n[None, :]
     tl.store(grad_B + to, total, mask=inside[:, None] & (for_C == 0)[None, :])
     tl.store(grad_C + to, total, mask=inside[:, None] & for_C[None, :])
 

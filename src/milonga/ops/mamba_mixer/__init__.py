@@ -1,0 +1,106 @@
+"""All of a Mamba layer's training step as one node of the graph: projections, convolution, scan."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from milonga.ops.backend import KERNEL_DTYPES, choice
+from milonga.ops.mamba_mixer.function import MambaMixer
+from milonga.segments import Segments
+
+# Bound of the relative RMS error of every output and gradient against the float64 reference, fp32 inputs of width up to
+# 1024: that of the scan, of the convolution and of four products.
+ERROR_BOUND = 5e-6
+
+
+class Mixed(NamedTuple):
+    """What `mamba_mixer` gives. All but `out` is what a layer's state and its trace are made of."""
+
+    out: Tensor  # [B T D], like all but `final` in the dtype of x
+    columns: Tensor  # [B T E], the inputs of the convolution
+    conv_final: Tensor  # [S W-1 E]
+    u: Tensor  # [B T E], the output of the convolution
+    final: Tensor  # [S E N], float32
+    dt: Tensor  # [B T E], before bias and softplus
+    B: Tensor  # [B T N]
+
+
+def takes(x: Tensor) -> bool:
+    """Whether `mamba_mixer` is for x: with gradients, not being compiled, in a dtype of the kernels."""
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling() or product_dtype(x) not in KERNEL_DTYPES:
+        return False
+    return choice("selective_scan", "auto", x.device.type, product_dtype(x)) != "reference"
+
+
+def product_dtype(x: Tensor) -> torch.dtype:
+    """The dtype of the products with x: that of autocast where it is on, but for float64."""
+    device = x.device.type
+    autocast = torch.is_autocast_enabled(device) and x.dtype != torch.float64
+    return torch.get_autocast_dtype(device) if autocast else x.dtype
+
+
+def mamba_mixer(
+    x: Tensor,
+    in_weight: Tensor,
+    conv_weight: Tensor,
+    conv_bias: Tensor,
+    x_weight: Tensor,
+    dt_weight: Tensor,
+    A: Tensor,
+    out_weight: Tensor,
+    *,
+    D: Tensor,
+    dt_bias: Tensor,
+    conv_initial: Tensor | None = None,
+    initial: Tensor | None = None,
+    segments: Segments | None = None,
+    recast: bool = False,
+) -> Mixed:
+    """The Mamba layer, from the norm's output to what is added to the residual stream::
+
+        columns, z = split(x @ in_weight^T)
+        u, conv_final = causal_conv(columns, conv_weight, conv_bias, initial=conv_initial)
+        low, B, C = split(u @ x_weight^T)
+        dt = low @ dt_weight^T
+        y, final = selective_scan(u, dt, A, B, C, D=D, z=z, dt_bias=dt_bias, initial=initial)
+        out = y @ out_weight^T
+
+    The values are to the last bit those of the ops one by one, with gradients on. For the backward pass x, the product
+    with in_weight, the narrow product with x_weight and the scan's checkpoints are kept; u, dt and y are made again.
+    The gradients of columns and z lie side by side, so that each gradient of the first projection is one product, and
+    the gradients of fp32 weights are never rounded to the dtype of the products.
+
+    B batch rows, T steps, D features, E channels, N states a channel, R numbers that dt comes from, W taps, S
+    sequences: the batch rows, or with `segments` the sequences of the one packed row.
+
+    Args:
+        x: `[B T D]`; `takes(x)` holds.
+        in_weight, x_weight, dt_weight, out_weight: `[2E D]`, `[R+2N E]`, `[E R]`, `[D E]`, of any floating dtype; the
+            products are in that of autocast where it is on, else in that of x.
+        conv_weight, conv_bias: `[E W]`, `[E]`, as in `causal_conv`.
+        A, D, dt_bias: `[E N]`, `[E]`, `[E]`, float32.
+        conv_initial: `[S W-1 E]`, the columns before each sequence; zero if absent.
+        initial: `[S E N]` float32, the state before each sequence; zero if absent.
+        segments: where sequences start in a packed `[1, T]` batch. A sequence may be empty.
+        recast: weights that are cast for the products are cast again in the backward pass, rather than kept.
+
+    Returns:
+        `Mixed`. Gradients, of first order only, flow through every tensor, and through all that are returned.
+        Relative RMS error against float64 with fp32 inputs: at most `ERROR_BOUND`.
+
+    Raises:
+        RuntimeError: in the backward pass, if its gradients are to be differentiated again (`create_graph`).
+
+    Source: as `projected_scan`.
+    """
+    assert takes(x)
+    if segments is not None:
+        segments.check(x.shape[0], x.shape[1], "mamba_mixer")
+    dtype = product_dtype(x)
+    before = None if conv_initial is None else conv_initial.to(dtype)
+    weights = (in_weight, conv_weight, conv_bias, x_weight, dt_weight, A, out_weight, D, dt_bias)
+    return Mixed(*MambaMixer.apply(x.to(dtype), *weights, before, initial, segments, recast))
+
+
+__all__ = ["ERROR_BOUND", "Mixed", "mamba_mixer", "product_dtype", "takes"]
