@@ -14,6 +14,7 @@ from milonga.layers.norm import norm_of
 from milonga.layers.recompute import cheap, forgotten
 from milonga.ops.causal_conv import causal_conv
 from milonga.ops.decode_step import MambaWeights, Norm, ReplayInputs, has_step_kernels, mamba_replay_, mamba_step_
+from milonga.ops.mamba_mixer import Mixed, mamba_mixer, takes
 from milonga.ops.mamba_piece import has_piece_kernels, mamba_piece
 from milonga.ops.mamba_step import StepResult, StepWeights, StoredWeight, has_step, mamba_step, prepare_step
 from milonga.ops.projected_scan import projected_scan
@@ -220,8 +221,12 @@ class Mamba(Layer):
                 y, conv, ssm, column, u, dt, B = stepped
                 trace = MambaTrace(column[:, None], MambaState(conv, ssm), u[:, None], dt[:, None], B[:, None], None)
                 return y[:, None], trace
-        columns, z = self.in_proj.split(x, (self.inner, self.inner))
         conv_initial, ssm_initial = state if state is not None else (None, None)
+        if self._one_node(x):
+            mixed = self._mix(x, conv_initial, ssm_initial, segments)
+            final = MambaState(mixed.conv_final, mixed.final)
+            return mixed.out, MambaTrace(mixed.columns, final, mixed.u, mixed.dt, mixed.B, segments)
+        columns, z = self.in_proj.split(x, (self.inner, self.inner))
         if conv_initial is not None:
             conv_initial = conv_initial.to(columns.dtype)
 
@@ -232,6 +237,27 @@ class Mamba(Layer):
         u = cheap("conv", u, lambda columns: convolve(columns)[0], columns)
         y, ssm_final, dt, B = self._project_and_scan(u, z, ssm_initial, segments)
         return y, MambaTrace(columns, MambaState(conv_final, ssm_final), u, dt, B, segments)
+
+    def _one_node(self, x: Float[Tensor, "B T D"]) -> bool:
+        """Whether nothing is to be kept that `mamba_mixer` would make again, and the projections are products."""
+        if not (forgotten("scan") and forgotten("conv") and takes(x)):
+            return False
+        return products(self.in_proj, self.x_proj, self.dt_proj, self.out_proj)
+
+    def _mix(
+        self,
+        x: Float[Tensor, "B T D"],
+        conv_initial: Tensor | None,
+        ssm_initial: Tensor | None,
+        segments: Segments | None,
+    ) -> Mixed:
+        """The layer as one node of the graph: the same values, gradients that differ by rounding."""
+        scan = self.scan
+        return mamba_mixer(
+            x, self.in_proj.weight, self.conv_weight, self.conv_bias, self.x_proj.weight, self.dt_proj.weight,
+            scan.A(), self.out_proj.weight, D=scan.D, dt_bias=scan.dt_bias, conv_initial=conv_initial,
+            initial=ssm_initial, segments=segments, recast=forgotten("cast"),
+        )  # fmt: skip
 
     def _project_and_scan(
         self,

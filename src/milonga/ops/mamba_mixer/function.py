@@ -11,6 +11,8 @@ from milonga.segments import Segments
 
 # Whether this PyTorch multiplies 16-bit matrices into fp32.
 WIDE_PRODUCTS = hasattr(torch.ops.aten.mm, "dtype")
+# Whether the product with x_weight is added to the gradient of u inside the convolution's backward pass.
+FUSED_CONVOLUTION = False
 
 
 class _Weights(NamedTuple):
@@ -112,19 +114,13 @@ def _gradients(
     width = A.shape[0]
     offsets = None if ctx.segments is None else ctx.segments.on(x.device)
     columns, z = wide.split(width, -1)
-    conv = kernels("causal_conv", ctx.backend)
-    u = conv.forward(columns, conv_weight, conv_bias, before, offsets, True)[0]
+    u = kernels("causal_conv", ctx.backend).forward(columns, conv_weight, conv_bias, before, offsets, True)[0]
     found = _scan_gradients(
         ctx, grad_out, grad_final, more_dt, more_B, weights, u, z, narrow, kept, (A, D, dt_bias), offsets
     )
     del u
-    add_product_(found.grad_u, found.grad_narrow, weights.x)
-    grad_u = found.grad_u.unflatten(0, x.shape[:2])
-    if more_u is not None:
-        grad_u.add_(more_u)
-    room = () if found.beside is None else (found.beside[..., :width],)
-    grad_columns, grad_conv_weight, grad_conv_bias, grad_before = conv.backward(
-        grad_u, grad_conv_final, columns, conv_weight, conv_bias, before, offsets, True, *room
+    grad_columns, grad_conv_weight, grad_conv_bias, grad_before = _conv_gradients(
+        ctx, found, weights.x, more_u, grad_conv_final, columns, (conv_weight, conv_bias, before, offsets)
     )
     if more_columns is not None:
         grad_columns.add_(more_columns)
@@ -194,3 +190,28 @@ def _scan_gradients(
     return _Scanned(
         beside, grad_z, grad_u.flatten(0, 1), rows, found_weights, (grad_A, grad_D, grad_bias, grad_initial)
     )
+
+
+def _conv_gradients(
+    ctx: Any,
+    found: _Scanned,
+    x_weight: Tensor,
+    more_u: Tensor | None,
+    grad_final: Tensor | None,
+    columns: Tensor,
+    rest: tuple[Tensor, Tensor, Tensor | None, Tensor | None],
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """From u back to its columns: gradients of these, and of the convolution's weight, bias and initial columns."""
+    weight, bias, before, offsets = rest
+    grad_u = found.grad_u.unflatten(0, columns.shape[:2])
+    room = None if found.beside is None else found.beside[..., : columns.shape[-1]]
+    plain = more_u is None and grad_final is None and before is None and offsets is None
+    if FUSED_CONVOLUTION and plain and room is not None:
+        own = kernels("mamba_mixer", ctx.backend)
+        if own.suits(grad_u, found.grad_narrow, weight.shape[1]):
+            return room, *own.conv_backward(grad_u, found.grad_narrow, x_weight, columns, weight, bias, room), None
+    add_product_(found.grad_u, found.grad_narrow, x_weight)
+    if more_u is not None:
+        grad_u.add_(more_u)
+    inputs = (grad_u, grad_final, columns, weight, bias, before, offsets, True)
+    return kernels("causal_conv", ctx.backend).backward(*inputs, *(() if room is None else (room,)))

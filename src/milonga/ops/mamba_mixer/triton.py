@@ -1,0 +1,66 @@
+"""`mamba_mixer` on a GPU: where its own kernel applies, and launches."""
+
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from milonga.ops.causal_conv import triton_kernels
+from milonga.ops.mamba_mixer import gluon_convolution
+
+CHANNELS, WARPS, TURN, TAPS, DEPTH = 128, 4, 16, 4, 32
+# Warps that an H100 runs at once, 12 on each multiprocessor. Fixed, so that results do not depend on the GPU.
+WAVE = 1584
+_REGISTERS = 168
+# Columns of the narrow gradient that shared memory has room for.
+WIDEST = 128
+
+
+@cache
+def _capable(device: int) -> bool:
+    """Matrix units for bfloat16, and shared memory for two programs."""
+    return torch.cuda.get_device_capability(device) >= (8, 0) and (
+        torch.cuda.get_device_properties(device).shared_memory_per_multiprocessor >= 150 * 2**10
+    )
+
+
+def suits(grad_u: Tensor, narrow: Tensor, taps: int) -> bool:
+    """Whether `conv_backward` takes the gradients of u `[B T E]` and of the narrow product `[R F]`."""
+    shape = grad_u.shape[-1] % CHANNELS == 0 and narrow.shape[-1] <= WIDEST and narrow.shape[-1] % 8 == 0
+    return grad_u.is_cuda and shape and taps == TAPS and grad_u.element_size() == 2 and _capable(grad_u.device.index)
+
+
+def chunk_length(batch: int, time: int, blocks: int) -> int:
+    """Steps of a warp's chunk: with the three beyond it whole turns; all warps run at once, or in few waves."""
+
+    def cost(turns: int) -> int:
+        warps = batch * -(-time // (turns * TURN - (TAPS - 1))) * blocks
+        return -(-warps // WAVE) * (turns + 1)
+
+    return min(range(4, 33), key=cost) * TURN - (TAPS - 1)
+
+
+def conv_backward(
+    grad_u: Tensor, narrow: Tensor, into: Tensor, x: Tensor, weight: Tensor, bias: Tensor, grad_x: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Gradient of x `[B T E]`, the input of a convolution with SiLU, to `grad_x`: -> those of its weight and bias.
+
+    The gradient of its output is `grad_u` `[B T E]` + `narrow` `[R F]` @ `into` `[F E]`. Rows are evenly spaced.
+    """
+    batch, time, width = x.shape
+    blocks = width // CHANNELS
+    length = chunk_length(batch, time, blocks)
+    slots = batch * -(-time // length)
+    partial = torch.empty((slots, TAPS + 1, width), dtype=torch.float32, device=x.device)
+    grad_weight, grad_bias = torch.empty_like(weight), torch.empty_like(bias)
+    with torch.cuda.device_of(x):
+        if slots > 0:
+            gluon_convolution.conv_backward[(-(-slots // WARPS) * blocks,)](
+                grad_u, narrow, into, x, weight.contiguous(), bias, grad_x, partial, time, narrow.shape[-1],
+                slots, length, narrow.stride(0), into.stride(0), E=width, g_step=grad_u.stride(1), x_step=x.stride(1),
+                out_step=grad_x.stride(1), BLOCKS=-(-narrow.shape[-1] // DEPTH), num_warps=WARPS, maxnreg=_REGISTERS,
+            )  # fmt: skip
+        triton_kernels.conv_sums[(-(-width // 32), TAPS + 1)](
+            partial, grad_weight, grad_bias, slots, width, W=TAPS, CH=32, ROWS=32, BIAS=True, num_warps=4,
+        )  # fmt: skip
+    return grad_weight, grad_bias
