@@ -17,6 +17,7 @@ OPS = [
     "decode_step",
     "mamba_piece",
     "speculation",
+    "mamba_mixer",
     "causal_conv",
     "window_attention",
     "rms_norm",
