@@ -70,12 +70,16 @@ def test_with_the_product_in_the_convolution(monkeypatch: pytest.MonkeyPatch) ->
         assert len(calls) == 1
 
 
-@pytest.mark.parametrize(("batch", "time", "width", "columns", "length"), [(1, 30, 128, 40, 61), (2, 61, 256, 96, 29)])
+@pytest.mark.parametrize(
+    ("batch", "time", "width", "columns", "length", "ahead"), [(1, 30, 128, 40, 61, 4), (2, 61, 256, 96, 29, 2)]
+)
 def test_the_convolution_with_the_product(
-    batch: int, time: int, width: int, columns: int, length: int, monkeypatch: pytest.MonkeyPatch
+    batch: int, time: int, width: int, columns: int, length: int, ahead: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Chunks longer and shorter than a sequence; rows that are halves of wider ones, of which the rest is untouched."""
     monkeypatch.setattr(triton, "chunk_length", lambda *_: length)
+    monkeypatch.setattr(triton, "_AHEAD", ahead)
+    monkeypatch.setattr(triton, "_PREFETCH", ahead == 2)
     torch.manual_seed(0)
     pair, wide = torch.randn(batch, time, 2 * width), torch.randn(batch, time, 2 * width)
     narrow, into = torch.randn(batch * time, columns), torch.randn(columns, width) / columns**0.5
