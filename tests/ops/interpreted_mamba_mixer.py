@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from milonga.ops.causal_conv import causal_conv
-from milonga.ops.mamba_mixer import ERROR_BOUND, Mixed, function, gluon_convolution, mamba_mixer, triton
+from milonga.ops.mamba_mixer import ERROR_BOUND, Mixed, gluon_convolution, mamba_mixer, triton
 from milonga.ops.selective_scan import gluon
 from milonga.segments import Segments
 from tests.ops.helpers import assert_matches, relative_rms
@@ -51,7 +51,6 @@ def test_matches_float64(states: int, packed: bool) -> None:
 def test_with_the_product_in_the_convolution(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
     own = triton.conv_backward
-    monkeypatch.setattr(function, "FUSED_CONVOLUTION", True)
     monkeypatch.setattr(triton, "suits", lambda *_: True)
     monkeypatch.setattr(triton, "conv_backward", lambda *a: calls.append(1) or own(*a))
     torch.manual_seed(0)
@@ -79,7 +78,6 @@ def test_the_convolution_with_the_product(
     """Chunks longer and shorter than a sequence; rows that are halves of wider ones, of which the rest is untouched."""
     monkeypatch.setattr(triton, "chunk_length", lambda *_: length)
     monkeypatch.setattr(triton, "_AHEAD", ahead)
-    monkeypatch.setattr(triton, "_PREFETCH", ahead == 2)
     torch.manual_seed(0)
     pair, wide = torch.randn(batch, time, 2 * width), torch.randn(batch, time, 2 * width)
     narrow, into = torch.randn(batch * time, columns), torch.randn(columns, width) / columns**0.5

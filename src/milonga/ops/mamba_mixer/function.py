@@ -11,8 +11,6 @@ from milonga.segments import Segments
 
 # Whether this PyTorch multiplies 16-bit matrices into fp32.
 WIDE_PRODUCTS = hasattr(torch.ops.aten.mm, "dtype")
-# Whether the product with x_weight is added to the gradient of u inside the convolution's backward pass.
-FUSED_CONVOLUTION = False
 
 
 class _Weights(NamedTuple):
@@ -206,7 +204,7 @@ def _conv_gradients(
     grad_u = found.grad_u.unflatten(0, columns.shape[:2])
     room = None if found.beside is None else found.beside[..., : columns.shape[-1]]
     plain = more_u is None and grad_final is None and before is None and offsets is None
-    if FUSED_CONVOLUTION and plain and room is not None:
+    if plain and room is not None:
         own = kernels("mamba_mixer", ctx.backend)
         if own.suits(grad_u, found.grad_narrow, weight.shape[1]):
             return room, *own.conv_backward(grad_u, found.grad_narrow, x_weight, columns, weight, bias, room), None

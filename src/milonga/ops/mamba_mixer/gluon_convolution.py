@@ -10,7 +10,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 
-from milonga.ops.selective_scan.gluon_common import ahead, sigmoid, wide
+from milonga.ops.selective_scan.gluon_common import sigmoid, wide
 
 CHANNELS = gl.constexpr(128)
 HALF = gl.constexpr(64)
@@ -24,7 +24,6 @@ ROW_OF_TURN = gl.constexpr(gl.BlockedLayout([1, 1, 4], [1, 1, 32], [4, 1, 1], [2
 MATRIX = gl.constexpr(gl.NVMMADistributedLayout(version=[2, 0], warps_per_cta=[4, 1], instr_shape=[16, 8]))
 LEFT = gl.constexpr(gl.DotOperandLayout(0, MATRIX, 2))
 RIGHT = gl.constexpr(gl.DotOperandLayout(1, MATRIX, 2))
-LINES = gl.constexpr(gl.BlockedLayout([1, 1], [1, 32], [4, 1], [1, 0]))
 NARROW = gl.constexpr(gl.BlockedLayout([1, 8], [8, 4], [4, 1], [1, 0]))
 WEIGHT = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0]))
 NARROW_SHARED = gl.constexpr(gl.SwizzledSharedLayout(8, 2, 4, [1, 0]))
@@ -68,12 +67,12 @@ def narrow_rows(pointer, row, end, column, F, BLOCKS: gl.constexpr):
 def conv_backward(
     grad_u, narrow, into, x, weight, bias, grad_x, partial, T, F, slots, length, narrow_step, into_step,
     E: gl.constexpr, g_step: gl.constexpr, x_step: gl.constexpr, out_step: gl.constexpr, BLOCKS: gl.constexpr,
-    AHEAD: gl.constexpr, PREFETCH: gl.constexpr,
+    AHEAD: gl.constexpr,
 ):  # fmt: skip
     """Gradients of the rows of four chunks, and each chunk's part in the sums for weight and bias, `[slots, 5, E]`.
 
     The upstream gradient is `grad_u + narrow @ into`, `into` `[F E]`. Four taps, SiLU, zeros before a sequence.
-    Loads are issued AHEAD rows before their use, with PREFETCH a turn before into the L2 cache.
+    Loads are issued AHEAD rows before their use.
     """
     blocks = E // CHANNELS
     program = gl.program_id(0)
@@ -118,16 +117,6 @@ def conv_backward(
     products = gl.allocate_shared_memory(gl.float32, [ROWS, CHANNELS], PLAIN)
     turns = products._reinterpret(gl.float32, [WARPS, TURN, CHANNELS], PLAIN_3)
 
-    # of the rows to come: a lane has half a row of each input
-    line = gl.arange(0, 2 * TURN, layout=gl.SliceLayout(0, LINES))[None, :]
-    line_base, _, _, line_known = place(
-        first_slot + gl.arange(0, WARPS, layout=gl.SliceLayout(1, LINES)), slots, T, length
-    )
-    line_row = line // 2
-    line_base = line_base[:, None] + line_row
-    line_known = line_known[:, None]
-    x_line = x + line_base * x_step + (channel + line % 2 * HALF)
-    g_line = grad_u + line_base * g_step + (channel + line % 2 * HALF)
     raw = narrow_rows(narrow_at, r, narrow_known, column, F, BLOCKS)
     values = rows_of(x_at, x_step, 0, known, AHEAD)
     upstream = rows_of(g_at, g_step, 0, known, AHEAD)
@@ -143,11 +132,6 @@ def conv_backward(
             products.slice(half * HALF, HALF, 1).store(total)
         narrow_at += TURN * narrow_step
         raw = narrow_rows(narrow_at, r + (turn + 1) * TURN, narrow_known, column, F, BLOCKS)
-        if PREFETCH:
-            x_line += TURN * x_step
-            g_line += TURN * g_step
-            ahead(x_line, line_row + (turn + 1) * TURN < line_known)
-            ahead(g_line, line_row + (turn + 1) * TURN < line_known)
         for group in gl.static_range(TURN // AHEAD):
             x_at += AHEAD * x_step
             g_at += AHEAD * g_step

@@ -12,8 +12,8 @@ CHANNELS, WARPS, TURN, TAPS, DEPTH = 128, 4, 16, 4, 32
 # Warps that an H100 runs at once, 12 on each multiprocessor. Fixed, so that results do not depend on the GPU.
 WAVE = 1584
 _REGISTERS = 168
-# Rows whose loads are issued together, ahead of their use, and whether lines are asked for a turn ahead.
-_AHEAD, _PREFETCH = 2, True
+# Rows whose loads are issued together, ahead of their use.
+_AHEAD = 4
 # Columns of the narrow gradient that shared memory has room for.
 WIDEST = 128
 
@@ -61,7 +61,7 @@ def conv_backward(
                 grad_u, narrow, into, x, weight.contiguous(), bias, grad_x, partial, time, narrow.shape[-1],
                 slots, length, narrow.stride(0), into.stride(0), E=width, g_step=grad_u.stride(1), x_step=x.stride(1),
                 out_step=grad_x.stride(1), BLOCKS=-(-narrow.shape[-1] // DEPTH), AHEAD=_AHEAD,
-                PREFETCH=_PREFETCH, num_warps=WARPS, maxnreg=_REGISTERS,
+                num_warps=WARPS, maxnreg=_REGISTERS,
             )  # fmt: skip
         triton_kernels.conv_sums[(-(-width // 32), TAPS + 1)](
             partial, grad_weight, grad_bias, slots, width, W=TAPS, CH=32, ROWS=32, BIAS=True, num_warps=4,
