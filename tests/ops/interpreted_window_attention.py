@@ -77,6 +77,28 @@ def test_matches_reference(lengths, heads, groups, widths, window, past, packed)
     check(*make(lengths, heads, groups, widths, past, packed), window, -0.3 if heads == 3 else 0.25)
 
 
+@pytest.mark.parametrize(("batch", "time", "window"), [(1, 150, 65), (2, 128, 100), (1, 64, None)])
+@pytest.mark.parametrize("past", [None, 40])
+def test_gradients_by_descriptors(batch: int, time: int, window: int | None, past: int | None) -> None:
+    """In half precision the kernel of keys reads queries through descriptors of the whole batch."""
+    slots = (max(window or 0, past + 1) - 1 + 3, (past,) * batch) if past else None
+    inputs, position, _ = make((time,) * batch, 4, 2, (16, 16), slots, False)
+    inputs = [t.half() for t in inputs]
+    arguments = (*inputs, *(() if past else (None, None)), position, None, window, 0.25)
+    plan = triton._Plan(*arguments)
+    y, stats = triton.forward(*arguments)
+    upstream = torch.randn_like(y)
+    assert triton._described(plan, upstream, plan.tuning.keys.queries) is not None
+    leaves = [t.double().requires_grad_() for t in inputs]
+    past_k, past_v = leaves[3:] or (None, None)
+    expected = window_attention(
+        *leaves[:3], past_k=past_k, past_v=past_v, position=position, window=window, scale=0.25, backend="reference"
+    )
+    exact = torch.autograd.grad(expected, leaves, upstream.double())
+    gradients = triton.backward(upstream, *arguments, y, stats)
+    assert all(relative_rms(got, right) <= 2e-3 for got, right in zip(gradients, exact, strict=False))
+
+
 @pytest.mark.parametrize("window", [1, 2, 64, 65, 66, 129, 130, 131, 500, None])
 @pytest.mark.parametrize("packed", [False, True])
 def test_each_block_of_queries_is_launched_once(window: int | None, packed: bool) -> None:

@@ -14,10 +14,11 @@ def _patch_tensor_for_numpy(tensor, scope) -> None:
 def _with_boolean_mask(access, place: int):
     """Triton 3.9 computes `a & b` of two masks in integers and then refuses the result as a mask."""
 
-    def call(builder, *arguments):
-        mask = arguments[place]
-        mask.data = mask.data.astype(bool)
-        return access(builder, *arguments)
+    def call(builder, *arguments, **settings):
+        mask = arguments[place] if place < len(arguments) else settings["mask"]
+        if isinstance(mask, interpreter.TensorHandle):  # a descriptor's is an array
+            mask.data = mask.data.astype(bool)
+        return access(builder, *arguments, **settings)
 
     return call
 

@@ -11,12 +11,12 @@ from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from milonga.ops.window_attention import triton_decode, triton_kernels
 
 LOG2_E = 1.4426950408889634
 NO_WINDOW = 1 << 30  # more than any piece has steps; sums with it stay within 31 bits
-DOTS = 16  # rows of a program that takes the products of y and its gradient
 DECODED = 16  # most steps of a piece that is decoded
 DECODED_ROWS = 128  # most pairs of a step and a head that a decoding program has
 SPLITS = 64  # most programs that share the keys of a decoded row
@@ -45,7 +45,7 @@ class Tuning(NamedTuple):
 HALF = {
     16: Tuning(Blocks(128, 64, 4, 3), Blocks(64, 64, 4, 3), Blocks(64, 64, 4, 3)),
     64: Tuning(Blocks(64, 64, 4, 3), Blocks(64, 64, 4, 3), Blocks(64, 64, 4, 3)),
-    128: Tuning(Blocks(128, 64, 8, 3), Blocks(64, 128, 8, 3), Blocks(128, 64, 8, 3)),
+    128: Tuning(Blocks(128, 64, 8, 3), Blocks(64, 128, 8, 2), Blocks(128, 64, 8, 3)),
     256: Tuning(Blocks(64, 64, 8, 2), Blocks(32, 64, 8, 2), Blocks(64, 32, 8, 2)),
 }
 SINGLE = {
@@ -274,26 +274,46 @@ def backward(
 
 
 def _launch_backward(plan: _Plan, grad: Tensor, y: Tensor, stats: Tensor, grads: list[Tensor]) -> None:
-    rows = plan.batch * plan.time * plan.heads
-    dots = torch.empty(rows, dtype=torch.float32, device=y.device)
-    triton_kernels.attention_dots[(-(-rows // DOTS),)](
-        y, grad, dots, plan.time, plan.heads, rows, *plan.strides(grad),
-        V=plan.sizes["V"], WV=plan.sizes["WV"], R=DOTS, num_warps=4,
-    )  # fmt: skip
+    dots = torch.empty(plan.batch, plan.heads, plan.time, dtype=torch.float32, device=y.device)
     shared = (plan.time, plan.sequences, plan.window, plan.scale * LOG2_E, plan.scale, plan.slots, plan.heads)
+    # first, as it leaves what the other kernel reads in `dots`
+    for programs, low, high, past in plan.query_launches(plan.tuning.queries.queries):
+        triton_kernels.attention_backward_queries[programs](
+            plan.q, plan.k, plan.v, plan.past_k, plan.past_v, plan.position, plan.bounds, y, grad, stats, dots,
+            grads[0], *shared, low, high, *plan.strides(plan.q, plan.k, plan.v, plan.past_k, plan.past_v, grad),
+            **plan.sizes, PAST=past, **_launch(plan.tuning.queries),
+        )  # fmt: skip
     blocks = plan.tuning.keys
     launches = [(plan.k, plan.v, *grads[1:3], plan.grid(blocks.keys, plan.groups), False)]
     if plan.past:
         programs = (-(-plan.slots // blocks.keys), plan.groups, plan.sequences)
         launches.append((plan.past_k, plan.past_v, *grads[3:5], programs, True))
+    described = _described(plan, grad, blocks.queries)
+    q, upstream = described or (plan.q, grad)
     for k, v, grad_k, grad_v, programs, ring in launches:
         triton_kernels.attention_backward_keys[programs](
-            plan.q, k, v, plan.position, plan.bounds, grad, stats, dots, grad_k, grad_v, *shared,
-            *plan.strides(plan.q, k, v, grad), **plan.sizes, RING=ring, **_launch(blocks),
+            q, k, v, plan.position, plan.bounds, upstream, stats, dots, grad_k, grad_v, *shared,
+            *plan.strides(plan.q, k, v, grad), **plan.sizes, RING=ring, TMA=described is not None, **_launch(blocks),
         )  # fmt: skip
-    for programs, low, high, past in plan.query_launches(plan.tuning.queries.queries):
-        triton_kernels.attention_backward_queries[programs](
-            plan.q, plan.k, plan.v, plan.past_k, plan.past_v, plan.position, plan.bounds, grad, stats, dots, grads[0],
-            *shared, low, high, *plan.strides(plan.q, plan.k, plan.v, plan.past_k, plan.past_v, grad),
-            **plan.sizes, PAST=past, **_launch(plan.tuning.queries),
-        )  # fmt: skip
+
+
+def _described(plan: _Plan, grad: Tensor, steps: int) -> list[TensorDescriptor] | None:
+    """q and the gradient as a Hopper's copy engine reads them, in blocks of `steps`; None where it cannot.
+
+    No block may reach into the next row of the batch: zero times a NaN from there is NaN.
+    """
+    whole = plan.batch == 1 or plan.time % steps == 0
+    if plan.packed or plan.q.dtype == torch.float32 or not whole or plan.batch * plan.time >= 1 << 31:
+        return None
+    if plan.q.device.type == "cuda" and torch.cuda.get_device_capability(plan.q.device) < (9, 0):
+        return None
+    found = []
+    for tensor, padded in ((plan.q, plan.sizes["K"]), (grad, plan.sizes["V"])):
+        _, time, heads, width = tensor.shape
+        row, step, head, _ = tensor.stride()
+        joined = width == padded <= 256 and head == width and (row == time * step or plan.batch == 1)
+        if not joined or tensor.data_ptr() % 16 or step * tensor.element_size() % 16:
+            return None
+        shape = [plan.batch * time, heads * width]
+        found.append(TensorDescriptor(tensor, shape, [step, 1], [steps, width]))
+    return found

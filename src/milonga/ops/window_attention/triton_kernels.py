@@ -262,35 +262,25 @@ def attention_forward(
     tl.store(stats + (row * heads + h) * T + first_row + t, peak + tl.log2(total), mask=ok)
 
 
-@triton.jit(do_not_specialize=("T", "heads", "count"))
-def attention_dots(
-    y, grad, dots, T, heads, count, g_row, g_step, g_head, V: tl.constexpr, WV: tl.constexpr, R: tl.constexpr
-):  # fmt: skip
-    """Of each query, y . grad in fp32, `[B H T]`. y is contiguous."""
-    index = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)
-    ok = index < count
-    columns = tl.arange(0, V)
-    h = index % heads
-    t = index // heads % T
-    row = index // heads // T
-    inside = ok[:, None] & (columns < WV)[None, :]
-    mine = tl.load(y + index[:, None] * WV + columns[None, :], mask=inside, other=0.0).to(tl.float32)
-    places = row * g_row + t * g_step + h * g_head
-    theirs = tl.load(grad + places[:, None] + columns[None, :], mask=inside, other=0.0).to(tl.float32)
-    tl.store(dots + (row * heads + h) * T + t, tl.sum(mine * theirs, 1), mask=ok)
-
-
 @triton.jit
 def key_slopes(
-    grad_k, grad_v, k_tile, v_tile, q_base, g_base, stats, dots, row, t0, n, held, steps, window, scale, q_step,
+    grad_k, grad_v, k_tile, v_tile, q_base, g_base, stats, dots, row, h, t0, n, held, steps, window, scale, q_step,
     g_step, rows, k_at, v_at,
-    WK: tl.constexpr, K: tl.constexpr, WV: tl.constexpr, V: tl.constexpr, MASK: tl.constexpr, PRECISION: tl.constexpr,
+    WK: tl.constexpr, K: tl.constexpr, WV: tl.constexpr, V: tl.constexpr, MASK: tl.constexpr, TMA: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """What the queries t0 .. add to the gradients of a block of keys (without the scale) and of values."""
+    """What the queries t0 .. add to the gradients of a block of keys (without the scale) and of values.
+
+    With TMA the bases are descriptors of all rows of the batch, `row` being the first of the sequence.
+    """
     t = t0 + rows
     ok = t < steps
-    q = tile(q_base + (row + t0) * q_step, rows, q_step, k_at, ok, WK, K, MASK)
-    g = tile(g_base + (row + t0) * g_step, rows, g_step, v_at, ok, WV, V, MASK)
+    if TMA:
+        q = q_base.load([row + t0, h * K])
+        g = g_base.load([row + t0, h * V])
+    else:
+        q = tile(q_base + (row + t0) * q_step, rows, q_step, k_at, ok, WK, K, MASK)
+        g = tile(g_base + (row + t0) * g_step, rows, g_step, v_at, ok, WV, V, MASK)
     if MASK:
         logarithm = tl.load(stats + t, mask=ok, other=0.0)
         dot = tl.load(dots + t, mask=ok, other=0.0)
@@ -315,9 +305,13 @@ def attention_backward_keys(
     q, k, v, position, bounds, grad, stats, dots, grad_k, grad_v, T, sequences, window, scale, slope_scale, P, heads,
     q_row, q_step, q_head, k_row, k_step, k_head, v_row, v_step, v_head, g_row, g_step, g_head,
     K: tl.constexpr, V: tl.constexpr, WK: tl.constexpr, WV: tl.constexpr, GROUP: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, PACKED: tl.constexpr, RING: tl.constexpr, PRECISION: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, PACKED: tl.constexpr, RING: tl.constexpr, TMA: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of the piece's keys and values, or with RING those of the ring, whose k, v and strides then come in."""
+    """Gradients of the piece's keys and values, or with RING those of the ring, whose k, v and strides then come in.
+
+    With TMA, of rows that are not packed, q and grad are descriptors of `[B * T, H * K]` and `[B * T, H * V]`.
+    """
     groups = heads // GROUP
     g = tl.program_id(1)
     cols = tl.arange(0, BN)
@@ -372,20 +366,26 @@ def attention_backward_keys(
     cut = (tl.minimum(whole, tl.maximum(end, first)) - first + BM - 1) // BM
     rest = (tl.maximum(end - edge, 0) + BM - 1) // BM
     for member in range(GROUP):
-        h = (g * GROUP + member).to(tl.int64)
-        q_base = q + row * q_row + h * q_head
-        g_base = grad + row * g_row + h * g_head
+        head_at = g * GROUP + member
+        h = head_at.to(tl.int64)
         line = (row * heads + h) * T + first_row
+        if TMA:
+            q_base, g_base = q, grad
+            start = (row * T).to(tl.int32)
+        else:
+            q_base = q + row * q_row + h * q_head
+            g_base = grad + row * g_row + h * g_head
+            start = first_row
         for i in range(cut + rest):
             t0 = tl.where(i < cut, first + i * BM, edge + (i - cut) * BM)
             sum_k, sum_v = key_slopes(
-                sum_k, sum_v, k_tile, v_tile, q_base, g_base, stats + line, dots + line, first_row, t0, at, held, steps,
-                window, scale, q_step, g_step, rows, k_at, v_at, WK, K, WV, V, True, PRECISION,
+                sum_k, sum_v, k_tile, v_tile, q_base, g_base, stats + line, dots + line, start, head_at, t0, at, held,
+                steps, window, scale, q_step, g_step, rows, k_at, v_at, WK, K, WV, V, True, TMA, PRECISION,
             )  # fmt: skip
         for t0 in range(whole, edge, BM):
             sum_k, sum_v = key_slopes(
-                sum_k, sum_v, k_tile, v_tile, q_base, g_base, stats + line, dots + line, first_row, t0, at, held, steps,
-                window, scale, q_step, g_step, rows, k_at, v_at, WK, K, WV, V, False, PRECISION,
+                sum_k, sum_v, k_tile, v_tile, q_base, g_base, stats + line, dots + line, start, head_at, t0, at, held,
+                steps, window, scale, q_step, g_step, rows, k_at, v_at, WK, K, WV, V, False, TMA, PRECISION,
             )  # fmt: skip
     if RING:
         sum_k = tl.where(ok[:, None], sum_k, 0.0)
@@ -410,13 +410,16 @@ def query_slopes(acc, q, g, k, v, logarithm, dot, seen, scale, MASK: tl.constexp
 
 @triton.jit(do_not_specialize=FREE)
 def attention_backward_queries(
-    q, k, v, past_k, past_v, position, bounds, grad, stats, dots, grad_q, T, sequences, window, scale, slope_scale, P,
-    heads, low, high, q_row, q_step, q_head, k_row, k_step, k_head, v_row, v_step, v_head,
+    q, k, v, past_k, past_v, position, bounds, y, grad, stats, dots, grad_q, T, sequences, window, scale, slope_scale,
+    P, heads, low, high, q_row, q_step, q_head, k_row, k_step, k_head, v_row, v_step, v_head,
     pk_row, pk_step, pk_head, pv_row, pv_step, pv_head, g_row, g_step, g_head,
     K: tl.constexpr, V: tl.constexpr, WK: tl.constexpr, WV: tl.constexpr, GROUP: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, PACKED: tl.constexpr, PAST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of q, `[B T H WK]` contiguous, of the blocks that `attention_forward` would take."""
+    """The gradient of q, `[B T H WK]` contiguous, of the blocks that `attention_forward` would take.
+
+    It also leaves y . grad of each query in fp32, `[B H T]`, for the gradients of keys and values. y is contiguous.
+    """
     index = tl.num_programs(0) - 1 - tl.program_id(0)
     h = tl.program_id(1)
     sequence, row, first_row, steps, t0 = place_of(index, tl.program_id(2), bounds, T, sequences, BM, low, PACKED)
@@ -439,7 +442,9 @@ def attention_backward_queries(
     g_tile = tile(g_base, rows, g_step, v_at, ok, WV, V, True)
     line = (row * heads + h) * T + first_row
     logarithm = tl.load(stats + line + t, mask=ok, other=0.0)
-    dot = tl.load(dots + line + t, mask=ok, other=0.0)
+    y_tile = tile(y + ((row * T + first_row + t0) * heads + h) * WV, rows, heads * WV, v_at, ok, WV, V, True)
+    dot = tl.sum(y_tile.to(tl.float32) * g_tile.to(tl.float32), 1)
+    tl.store(dots + line + t, dot, mask=ok)
     acc = tl.zeros([BM, K], tl.float32)
     if PAST:
         pk_base = past_k + sequence.to(tl.int64) * pk_row + g.to(tl.int64) * pk_head
