@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from milonga.ops.causal_conv import causal_conv
-from milonga.ops.mamba_mixer import ERROR_BOUND, Mixed, gluon_convolution, mamba_mixer, triton
+from milonga.ops.mamba_mixer import ERROR_BOUND, Mixed, function, gluon_convolution, mamba_mixer, triton
 from milonga.ops.selective_scan import gluon
 from milonga.segments import Segments
 from tests.ops.helpers import assert_matches, relative_rms
