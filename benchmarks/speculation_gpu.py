@@ -40,6 +40,7 @@ from milonga.inference.speculative import SpeculativeDecoder
 
 FEW = 4  # prompts that a session writes behind
 RESERVE = 10.0  # seconds for loading and for the unforeseen
+SETUP = 20.0  # seconds that a run on a new GPU takes beside its steps: reading texts, compiling, scoring
 RULES = (("greedy", Sampling(temperature=0.0)), ("exact", Sampling(temperature=0.8)))
 
 
@@ -119,18 +120,17 @@ def by(decoder: SpeculativeDecoder, count: int, sampling: Sampling) -> Write:
 
 
 def prices(
-    lm: LanguageModel, drafter: Drafter, runner: Runner, text: bytes, step: float, given: argparse.Namespace
+    lm: LanguageModel, decoder: SpeculativeDecoder, sampling: Sampling, text: bytes, step: float, count: int
 ) -> AdaptiveDraft:
     """What a round and a drafted token take, in plain steps: from rounds of one token each, and of several.
 
     In between every length is drafted once, so that nothing is compiled or captured later on."""
     seconds, several = [], 6
     for tokens in range(1, several + 1):
-        length = AdaptiveDraft(round=1.0, token=1e-9, longest=tokens)
-        decoder = SpeculativeDecoder(lm, drafter, draft=length, runner=runner)
-        for count in (given.bytes // 4, given.bytes // 2):  # the first compiles and captures
+        decoder.draft = AdaptiveDraft(round=1.0, token=1e-9, longest=tokens)
+        for written in (count // 4, count // 2):  # the first compiles and captures
             decoder.stats = type(decoder.stats)()
-            timed(lm, [text], by(decoder, count + 2, RULES[1][1]))
+            timed(lm, [text], by(decoder, written + 2, sampling))
         stats = decoder.stats
         seconds.append((stats.draft_seconds + stats.verify_seconds) / max(stats.rounds, 1) / step)
     token = max((seconds[-1] - seconds[0]) / (several - 1), 0.001)
@@ -149,7 +149,11 @@ def measured(
     """Both rules with one drafter beside plain decoding."""
     figures, texts = [], prompts(given.out / "valid", given.prompts)
     step = sum(plain["exact"].seconds) / (given.bytes * len(plain["exact"].seconds))
-    length: DraftLength = given.draft or prices(lm, drafter, runner, texts[0], step, given)
+    decoders = {
+        rule: SpeculativeDecoder(lm, drafter, rule=rule, draft=given.draft or AdaptiveDraft(), runner=runner)
+        for rule, _ in RULES
+    }
+    length: DraftLength = given.draft or prices(lm, decoders["exact"], RULES[1][1], texts[0], step, given.bytes)
     if isinstance(length, AdaptiveDraft):
         figures += [
             Figure(f"{name}: price of a round without tokens, in plain steps", length.round, None, "steps", False),
@@ -157,7 +161,8 @@ def measured(
         ]
     print("\n".join(lines(figures)), flush=True)
     for index, (rule, sampling) in enumerate(RULES):
-        decoder = SpeculativeDecoder(lm, drafter, rule=rule, draft=length, runner=runner)
+        decoder = decoders[rule]
+        decoder.draft = length
         timed(lm, texts[:1], by(decoder, given.bytes, sampling))  # compiles and captures
         decoder.stats = type(decoder.stats)()
         left = until - time.monotonic()
@@ -231,8 +236,9 @@ def measure(given: argparse.Namespace) -> list[Figure]:
     print(f"texts and tokenizer: {time.monotonic() - began:.0f} s", flush=True)
     trained_by = end - given.measure_seconds - RESERVE
     figures, shares = [], {"verifier": 1 - given.drafter_share, "drafter": 1.0}
-    for name, share in shares.items():
-        minutes = max(share * (trained_by - time.monotonic()) / 60, 0.01)
+    for number, (name, share) in enumerate(shares.items()):
+        left = trained_by - time.monotonic() - (len(shares) - number) * SETUP
+        minutes = max(share * left / 60, 0.01)
         size = given.verifier_size if name == "verifier" else given.drafter_size
         config = settings(name, size, minutes, given, None if name == "verifier" else tokenizer)
         figures += trained(config, given.out / name[0])
@@ -248,7 +254,7 @@ def measure(given: argparse.Namespace) -> list[Figure]:
         "subwords": ModelDrafter(small, runner_for(small.network)),
         "n-gram": NgramDrafter(),
     }
-    for index, (name, drafter) in enumerate(drafters.items()):
+    for index, (name, drafter) in enumerate((name, drafters[name]) for name in given.drafters):
         left = max(end - time.monotonic(), 4.0)
         until = time.monotonic() + left * (0.65 if index == 0 else 0.9)
         figures += measured(lm, name, drafter, runner, plain, given, until)
@@ -276,6 +282,7 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--evaluate", type=int, default=262144, help="held-out tokens that are scored")
     parser.add_argument("--prompts", type=int, default=32)
     parser.add_argument("--bytes", type=int, default=1000, help="to write behind each prompt")
+    parser.add_argument("--drafters", nargs="+", choices=("subwords", "n-gram"), default=["subwords", "n-gram"])
     parser.add_argument("--draft", type=int, help="bytes drafted for a round; without it as many as pay")
     parser.add_argument("--device")
     parser.add_argument("--dtype", help="of the weights while writing; bfloat16 on a GPU")

@@ -62,7 +62,7 @@ class Replay(Generic[Result]):
             finally:
                 here.wait_stream(stream)
             graph = torch.cuda.CUDAGraph()
-            with captured_into(graph):
+            with captured_into(graph, collect=False):  # small, and many: collecting takes longer than capturing
                 self._result = self._work()
         self._graph = graph
 
