@@ -1,9 +1,6 @@
 """The decoded step on a GPU: the choice of tiles by shape alone, and launches."""
 
-import math
-from collections.abc import Mapping
 from functools import cache
-from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
@@ -37,31 +34,6 @@ class Tile(NamedTuple):
 
 
 _NARROW = Tile(16, 4, 64, 2, 4, 2)  # of that narrow product
-
-
-class _Options(NamedTuple):
-    """How a Mamba layer's kernels share the GPU; nothing but time depends on it."""
-
-    narrow: Tile | None = None
-    channels: int = _CHANNELS  # and rows and warps of a program of the recurrence, and the registers of a thread
-    rows: int = _ROWS
-    warps: int = 4
-    registers: int = 128
-    # which kernel asks for the weights of the projection out, for the L2 cache: "in" at its end, "narrow" before its
-    # wait or "narrow-late" at its end, "scan" before its wait or "scan-first" before all
-    fetch: str = ""
-    tail: bool = False  # the projection in asks for what it does not hold (widths of whole tiles only)
-    own: int = 0  # programs of the projection in that ask for the weights of those so many, twice so many, ... on
-    # kernels that let their successor start before their own loads: "in", "out", "scan"
-    first: frozenset[str] = frozenset()
-    matrix: bool = False  # dt's projection on the matrix units
-    ready: bool = False  # what a product adds at its end is read before it: residuals, columns and taps
-    # by the address of a projection out, the weights that it asks for
-    following: Mapping[int, Tensor] = MappingProxyType({})
-
-
-_options = _Options()
-_LARGEST_FETCH = 40 << 20  # of the 50 MiB of an H100's L2 cache
 
 
 @cache
@@ -112,12 +84,8 @@ def _product(
     conv: tuple[Tensor, Tensor, Tensor] | None = None,
     gated: bool = False,
     early: bool = True,
-    fetch: tuple[Tensor, int] | None = None,
-    own: int = 0,
-    tail: bool = False,
-    first: bool = False,
 ) -> None:
-    """Launch `skinny`. `fetch`: a weight that it asks for, before its wait (1) or at its end (2)."""
+    """Launch `skinny`."""
     batch, width = x.shape
     assert x.stride(1) == 1 and weight.is_contiguous()
     span = width if span is None else span
@@ -127,32 +95,15 @@ def _product(
     grid = (-(-features // shape.features), splits, -(-batch // rows))
     turn = shape.groups * shape.width
     pieces = -(-span // turn)
-    following, when = fetch or (weight, 0)
-    size, share = _fetched(following, grid, 32 * shape.warps)
-    if not size or not _pdl(x)["PDL"]:
-        when = own = 0
-        tail = False
-    if width * weight.element_size() % 16:  # where a row begins
-        own, tail = 0, False
     triton_kernels.skinny[grid](
         x, weight, x if residual is None else residual, out, conv_weight, conv_bias, conv_state,
-        following, batch, features, width, span, x.stride(0), size, share, FB=shape.features,
-        KB=shape.width, G=shape.groups, BB=rows,
+        batch, features, width, span, x.stride(0), FB=shape.features, KB=shape.width, G=shape.groups, BB=rows,
         HELD=min(shape.held, pieces), AHEAD=max(1, min(shape.ahead, shape.held, pieces)), PIECES=pieces,
         W=conv_weight.shape[1] if conv else 1, GATED=gated, CONV=conv is not None, RESIDUAL=residual is not None,
         SPLIT=splits > 1,
-        EVEN=span % turn == 0 and width % span == 0, EARLY=early, FETCH=when, OWN=own,
-        FIRST=first, READY=_options.ready, TAIL=tail, num_warps=shape.warps, num_stages=shape.stages,
+        EVEN=span % turn == 0 and width % span == 0, EARLY=early, num_warps=shape.warps, num_stages=shape.stages,
         **_pdl(x),
     )  # fmt: skip
-
-
-def _fetched(weight: Tensor, grid: tuple[int, ...], threads: int) -> tuple[int, int]:
-    """Bytes of a weight that programs ask for, and of one program; 0 where it cannot be."""
-    size, piece = weight.numel() * weight.element_size(), triton_kernels.PIECE.value
-    share = piece * -(-size // (piece * math.prod(grid)))
-    possible = size <= _LARGEST_FETCH and share <= piece * threads and weight.data_ptr() % 16 == 0
-    return (size, share) if possible else (0, 0)
 
 
 def normalised(x: Tensor, norm: Norm) -> Tensor:
@@ -185,7 +136,7 @@ def swiglu_step(x: Tensor, norm: Norm, gate_up: Tensor, down: Tensor) -> Tensor:
 
 def mamba_step_(x: Tensor, norm: Norm, weights: MambaWeights, conv: Tensor, ssm: Tensor) -> Tensor:
     """As `milonga.ops.decode_step.mamba_step_`."""
-    options, batch, device = _options, x.shape[0], x.device
+    batch, device = x.shape[0], x.device
     inner, states = weights.A_log.shape
     wide, rank = weights.x_proj.shape[0], weights.dt_proj.shape[1]
     xz = torch.empty(batch, 2 * inner, dtype=x.dtype, device=device)
@@ -193,39 +144,25 @@ def mamba_step_(x: Tensor, norm: Norm, weights: MambaWeights, conv: Tensor, ssm:
     while inner % shape.features:  # a tile is convolved whole or not at all
         shape = shape._replace(features=shape.features // 2)
     _product(
-        normalised(x, norm), weights.in_proj, xz, 2 * inner, shape, conv=(weights.conv_weight, weights.conv_bias, conv),
-        fetch=(weights.out_proj, 2) if options.fetch == "in" else None, own=options.own, tail=options.tail,
-        first="in" in options.first,
-    )  # fmt: skip
-    shape = shape if x.element_size() > 2 else options.narrow or _NARROW
+        normalised(x, norm), weights.in_proj, xz, 2 * inner, shape, conv=(weights.conv_weight, weights.conv_bias, conv)
+    )
+    shape = shape if x.element_size() > 2 else _NARROW
     turn = shape.groups * shape.width
     span = turn * _share(-(-inner // turn))
     splits = -(-inner // span)
     low = torch.empty(splits, batch, wide, dtype=torch.float32, device=device)
-    when = {"narrow": 1, "narrow-late": 2}.get(options.fetch)
-    fetch = (weights.out_proj, when) if when else None
-    _product(xz[:, :inner], weights.x_proj, low, wide, shape, span=span, early=False, fetch=fetch)
+    _product(xz[:, :inner], weights.x_proj, low, wide, shape, span=span, early=False)
     y = torch.empty(batch, inner, dtype=x.dtype, device=device)
     padded = _power(states)
-    # a sum over the splits takes the same order only in the same tile
-    rows = 1 if batch < options.rows and not options.matrix else max(1, min(options.rows, 64 // padded))
+    rows = 1 if batch < _ROWS else max(1, min(_ROWS, 64 // padded))
     # of a large batch all programs are resident at once with so many registers
-    crowded = {"maxnreg": options.registers} if x.is_cuda and padded <= 16 else {}
-    grid = (-(-inner // options.channels), -(-batch // rows))
-    size, share = _fetched(weights.out_proj, grid, 32 * options.warps) if options.fetch[:4] == "scan" else (0, 0)
-    when = 1 if options.fetch == "scan-first" else 2
-    triton_kernels.ssm_step[grid](
-        xz, low, weights.dt_proj, weights.dt_bias, weights.A_log, weights.D, ssm, y, weights.out_proj,
-        batch, inner, rank, size, share,
-        SPLITS=splits, STATES=states, N=padded, RB=max(16, _power(rank)), CH=options.channels, BB=rows,
-        SB=_power(splits), FETCH=when if size and _pdl(x)["PDL"] else 0,
-        FIRST="scan" in options.first, MATRIX=options.matrix, num_warps=options.warps, **crowded, **_pdl(x),
+    crowded = {"maxnreg": 128} if x.is_cuda and padded <= 16 else {}
+    triton_kernels.ssm_step[(-(-inner // _CHANNELS), -(-batch // rows))](
+        xz, low, weights.dt_proj, weights.dt_bias, weights.A_log, weights.D, ssm, y, batch, inner, rank,
+        SPLITS=splits, STATES=states, N=padded, RB=_power(rank), CH=_CHANNELS, BB=rows, num_warps=4,
+        **crowded, **_pdl(x),
     )  # fmt: skip
-    out, shape = torch.empty_like(x), tile(*weights.out_proj.shape, x.element_size())
-    following = options.following.get(weights.out_proj.data_ptr())
-    fetch = None if following is None else (following, 1)
-    _product(y, weights.out_proj, out, x.shape[1], shape, residual=x, fetch=fetch, first="out" in options.first)
-    return out
+    return linear_step(y, weights.out_proj, None, x, x.dtype)
 
 
 def mamba_replay_(

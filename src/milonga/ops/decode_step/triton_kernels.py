@@ -4,7 +4,8 @@ A step is a chain of short kernels, each waiting for the one before. With PDL (p
 is already resident while the one before it runs: it reads the first weights that it will need, which depend on nothing,
 and only then waits for its input. A kernel lets its successor start at once, and touches memory that others write only
 after `gdc_wait`, which returns when the kernel before is complete, and so all before that. One exception: the narrow
-product lets its successor, the recurrence, start after its own wait; so that one reads its state before it waits.
+product lets its successor, the recurrence, start after its own wait; so that one reads its state before it waits, and
+the product before them, a step later, its columns.
 
 Letters: B rows, F features, K the width that a product sums over, E inner width, N states, R rank of dt, W conv width.
 """
@@ -14,42 +15,10 @@ import triton.language as tl
 
 from milonga.ops.selective_scan.triton_kernels import LOG2_E, exp_of_minus, step_size
 
-# Thread t of a program asks for the $3 bytes at `$1 + t * $2`, if t < $4.
-_FETCH = tl.constexpr("""{
-    .reg .pred p;
-    .reg .u32 t;
-    .reg .u64 a;
-    mov.u32 t, %tid.x;
-    setp.lt.s32 p, t, $4;
-    mul.wide.u32 a, t, $2;
-    add.u64 a, a, $1;
-    @p cp.async.bulk.prefetch.L2.global [a], $3;
-    mov.u32 $0, 0;
-}""")
-PIECE = tl.constexpr(4096)  # bytes that one thread asks for
-
 
 @triton.jit
 def silu(v):
     return v / (1.0 + exp_of_minus(v))
-
-
-@triton.jit
-def fetch(memory, size, share, PIECE: tl.constexpr):
-    """This program's `share` bytes, a multiple of PIECE, of the `size` bytes of a tensor: on their way to the L2 cache.
-
-    One instruction of one thread a piece, for all programs' shares together (compute capability 9.0 on). Nothing waits
-    for it, and nothing depends on it but time.
-    """
-    program = (tl.program_id(2) * tl.num_programs(1) + tl.program_id(1)) * tl.num_programs(0) + tl.program_id(0)
-    size = tl.minimum(share, size - program * share)
-    ask(memory.to(tl.int64) + program.to(tl.int64) * share, PIECE, PIECE, size // PIECE)
-
-
-@triton.jit
-def ask(address, step, size, count):
-    """`count` pieces of `size` bytes, `step` bytes apart; at most as many as the program has threads."""
-    tl.inline_asm_elementwise(_FETCH, "=r,l,r,r,r", [address, step, size, count], dtype=tl.int32, is_pure=False, pack=1)
 
 
 @triton.jit
@@ -135,15 +104,12 @@ def product(
     return tl.sum(acc, 0), tl.sum(up, 0)
 
 
-@triton.jit(do_not_specialize=["B", "next_size", "next_share"])
+@triton.jit(do_not_specialize=["B"])
 def skinny(
-    x, weight, residual, out, conv_weight, conv_bias, conv_state, following, B, F, K, span, x_step, next_size,
-    next_share,
+    x, weight, residual, out, conv_weight, conv_bias, conv_state, B, F, K, span, x_step,
     FB: tl.constexpr, KB: tl.constexpr, G: tl.constexpr, BB: tl.constexpr, HELD: tl.constexpr, AHEAD: tl.constexpr,
     PIECES: tl.constexpr, W: tl.constexpr, GATED: tl.constexpr, CONV: tl.constexpr, RESIDUAL: tl.constexpr,
-    SPLIT: tl.constexpr, EVEN: tl.constexpr, EARLY: tl.constexpr, PDL: tl.constexpr, FETCH: tl.constexpr,
-    OWN: tl.constexpr, FIRST: tl.constexpr, READY: tl.constexpr,
-    TAIL: tl.constexpr,
+    SPLIT: tl.constexpr, EVEN: tl.constexpr, EARLY: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """`x [B K] @ weight [F K]^T`, a tile of FB features a program; `span` of K where the sum is SPLIT over programs.
 
@@ -152,10 +118,9 @@ def skinny(
     is written as it is. SPLIT writes fp32 partial sums `[splits B F]`.
 
     Without EARLY the next kernel starts only when the one before this is complete, and may read what that one and all
-    before it wrote without a wait of its own.
+    before it wrote without a wait of its own. What is added at the end, a residual or the columns before and their
+    taps, is read before the product: read after it, it would be waited for once more.
     """
-    if PDL and EARLY and FIRST:
-        tl.extra.cuda.gdc_launch_dependents()
     f = tl.program_id(0) * FB + tl.arange(0, FB)
     first = tl.program_id(1) * span
     last = tl.minimum(first + span, K)
@@ -166,107 +131,71 @@ def skinny(
     gate = ()
     if GATED:
         gate = hold(second, K, f, F, columns, last, G * KB, HELD, EVEN)
-    element: tl.constexpr = weight.dtype.element_ty.primitive_bitwidth // 8
-    if TAIL and PIECES > HELD:  # what is not held
-        rest = weight.to(tl.int64) + (tl.program_id(0).to(tl.int64) * FB * K + HELD * G * KB) * element
-        ask(rest, K * element, (K - HELD * G * KB) * element, tl.minimum(FB, F - tl.program_id(0) * FB))
-    if OWN > 0:
-        if tl.program_id(0) < OWN:
-            size = FB * K * element
-            for j in range(tl.program_id(0) + OWN, tl.num_programs(0), OWN):
-                ask(weight.to(tl.int64) + j.to(tl.int64) * size, PIECE, PIECE, size // PIECE)
     live = (f < F)[:, None] & (b < B)[None, :]
     at = b.to(tl.int64)[None, :] * F + f[:, None]
-    state = conv_state + b.to(tl.int64)[None, :] * (W - 1) * (F // 2) + f[:, None]
-    taps, columns_before = (), ()
-    conv_shift = tl.zeros([FB], conv_bias.dtype.element_ty)
-    added = tl.zeros([FB, BB], tl.float32)
-    if CONV and READY:
-        # the columns were written a step ago, and the recurrence after them is complete; not by way of an old L1 line
-        within = live & (tl.program_id(0) * FB < F // 2)
+    half = F // 2
+    state = conv_state + b.to(tl.int64)[None, :] * (W - 1) * half + f[:, None]
+    before, taps, shift = (), (), tl.zeros([FB], conv_bias.dtype.element_ty)
+    if CONV:
+        # written a step ago by this product, and that is complete: see EARLY; not by way of an old L1 line
+        within = live & (tl.program_id(0) * FB < half)
         for j in tl.static_range(W - 1):
-            columns_before = columns_before + (
-                tl.load(state + j * (F // 2), mask=within, other=0.0, cache_modifier=".cg"),
-            )
+            before = before + (tl.load(state + j * half, mask=within, other=0.0, cache_modifier=".cg"),)
         for j in tl.static_range(W):
-            taps = taps + (tl.load(conv_weight + f * W + j, mask=f < F // 2, other=0.0),)
-        conv_shift = tl.load(conv_bias + f, mask=f < F // 2, other=0.0)
-    if FETCH == 1:
-        fetch(following, next_size, next_share, PIECE)
+            taps = taps + (tl.load(conv_weight + f * W + j, mask=f < half, other=0.0),)
+        shift = tl.load(conv_bias + f, mask=f < half, other=0.0)
     if PDL:
-        if EARLY and not FIRST:
+        if EARLY:
             tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
         if not EARLY:
             tl.extra.cuda.gdc_launch_dependents()
-    if RESIDUAL and READY:
+    added = tl.zeros([FB, BB], tl.float32)
+    if RESIDUAL:
         added = tl.load(residual + at, mask=live, other=0.0)
     acc, up = product(
         held, gate, x, x_step, weight, second, B, K, f, b, F, columns, last, G * KB, HELD, AHEAD, PIECES, GATED, EVEN
     )  # fmt: skip
-    if FETCH == 2:
-        fetch(following, next_size, next_share, PIECE)
     if GATED:
         dtype = x.dtype.element_ty
         acc = silu(acc.to(dtype).to(tl.float32)) * up.to(dtype).to(tl.float32)
     if CONV:
-        half = F // 2
         if tl.program_id(0) * FB < half:
             column = acc.to(out.dtype.element_ty)
             # in the order of the definition: the oldest column first
             total = tl.zeros_like(acc)
             for j in tl.static_range(W - 1):
-                if READY:
-                    old, tap = columns_before[j], taps[j]
-                else:
-                    old = tl.load(state + j * half, mask=live, other=0.0)
-                    tap = tl.load(conv_weight + f * W + j, mask=f < F)
-                total += old.to(tl.float32) * tap.to(tl.float32)[:, None]
+                total += before[j].to(tl.float32) * taps[j].to(tl.float32)[:, None]
                 if j > 0:
-                    tl.store(state + (j - 1) * half, old, mask=live)
-            if READY:
-                tap = taps[W - 1]
-            else:
-                tap = tl.load(conv_weight + f * W + W - 1, mask=f < F)
-            total += column.to(tl.float32) * tap.to(tl.float32)[:, None]
+                    tl.store(state + (j - 1) * half, before[j], mask=live)
+            total += column.to(tl.float32) * taps[W - 1].to(tl.float32)[:, None]
             if W > 1:
                 tl.store(state + (W - 2) * half, column.to(conv_state.dtype.element_ty), mask=live)
-            if not READY:
-                conv_shift = tl.load(conv_bias + f, mask=f < F)
-            acc = silu(total + conv_shift.to(tl.float32)[:, None])
+            acc = silu(total + shift.to(tl.float32)[:, None])
     if RESIDUAL:
-        if not READY:
-            added = tl.load(residual + at, mask=live, other=0.0)
         acc += added.to(tl.float32)
     if SPLIT:
         at += tl.program_id(1).to(tl.int64) * B * F
     tl.store(out + at, acc.to(out.dtype.element_ty), mask=live)
 
 
-@triton.jit(do_not_specialize=["B", "next_size", "next_share"])
+@triton.jit(do_not_specialize=["B"])
 def ssm_step(
-    xz, low, dt_weight, dt_bias, A_log, D, state, y, following, B, E, R, next_size, next_share,
+    xz, low, dt_weight, dt_bias, A_log, D, state, y, B, E, R,
     SPLITS: tl.constexpr, STATES: tl.constexpr, N: tl.constexpr, RB: tl.constexpr, CH: tl.constexpr, BB: tl.constexpr,
-    SB: tl.constexpr, PDL: tl.constexpr, FETCH: tl.constexpr, FIRST: tl.constexpr, MATRIX: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """dt's projection, one step of the recurrence in place, D and the gate, for CH channels of BB rows.
 
     xz `[B 2E]`: the convolved input and the gate; low `[splits B R+2N]`: partial sums of dt's low rank, B and C.
     Everything is read before anything is computed: a chain of short waits would take longer than the bytes.
     """
-    if FETCH == 1:
-        fetch(following, next_size, next_share, PIECE)
-    if PDL and FIRST:
-        tl.extra.cuda.gdc_launch_dependents()
     e = tl.program_id(0) * CH + tl.arange(0, CH)
     r = tl.arange(0, RB)
     n = tl.arange(0, N)
     i = tl.arange(0, BB)
     live = e < E
-    low_rank = dt_weight + e.to(tl.int64)[:, None] * R + r[None, :]
-    w = tl.zeros([CH, RB], y.dtype.element_ty)
-    if not MATRIX:
-        w = tl.load(low_rank, mask=live[:, None] & (r < R)[None, :], other=0.0)
+    w = tl.load(dt_weight + e.to(tl.int64)[:, None] * R + r[None, :], mask=live[:, None] & (r < R)[None, :], other=0.0)
     tile = e.to(tl.int64)[:, None] * STATES + n[None, :]
     here = live[:, None] & (n < STATES)[None, :]
     a = -tl.exp2(tl.load(A_log + tile, mask=here, other=0.0) * LOG2_E) * LOG2_E
@@ -280,63 +209,32 @@ def ssm_step(
     both = rows[:, None] & live[None, :]
     # written by the kernel before the last or earlier, and that is complete: see EARLY; not by way of an old L1 line
     h = tl.load(states, mask=rows[:, None, None] & here[None, :, :], other=0.0, cache_modifier=".cg")
-    u = tl.load(xz + b[:, None] * 2 * E + e[None, :], mask=both, other=0.0, cache_modifier=".cg")
-    if not MATRIX:
-        u = u.to(tl.float32)
-    z = tl.load(xz + b[:, None] * 2 * E + E + e[None, :], mask=both, other=0.0, cache_modifier=".cg")
-    if MATRIX:  # last: it is put into shared memory, and whatever follows waits for that
-        w = tl.load(low_rank, mask=live[:, None] & (r < R)[None, :], other=0.0)
-        u = u.to(tl.float32)
-    z = z.to(tl.float32)
-    if FETCH == 2:
-        fetch(following, next_size, next_share, PIECE)
+    u = tl.load(xz + b[:, None] * 2 * E + e[None, :], mask=both, other=0.0, cache_modifier=".cg").to(tl.float32)
+    z = tl.load(xz + b[:, None] * 2 * E + E + e[None, :], mask=both, other=0.0, cache_modifier=".cg").to(tl.float32)
     if PDL:
-        if not FIRST:
-            tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
-    ranks = tl.zeros([BB, RB], tl.float32)
-    if MATRIX:
-        # all partial sums in few requests of each thread
-        q = tl.arange(0, SB)
-        parts = low + (q[None, :] * B + b[:, None]) * wide
-        whole = rows[:, None] & (q < SPLITS)[None, :]
-        ranks = tl.load(
-            parts[:, :, None] + r[None, None, :], mask=whole[:, :, None] & (r < R)[None, None, :], other=0.0
-        )
-        place = R + tl.arange(0, 2)[:, None] * STATES + n[None, :]
-        inside = whole[:, :, None, None] & (n < STATES)[None, None, None, :]
-        sides = tl.load(parts[:, :, None, None] + place[None, None, :, :], mask=inside, other=0.0)
-        ranks = tl.sum(ranks, 1)
-        into, outof = tl.split(tl.permute(tl.sum(sides, 1), (0, 2, 1)))
-    else:
-        into = tl.zeros([BB, N], tl.float32)
-        outof = tl.zeros([BB, N], tl.float32)
-        some = rows[:, None] & (n < STATES)[None, :]
-        for s in tl.static_range(SPLITS):
-            part = low + (s * B + b)[:, None] * wide + R + n[None, :]
-            into += tl.load(part, mask=some, other=0.0)
-            outof += tl.load(part + STATES, mask=some, other=0.0)
+    into = tl.zeros([BB, N], tl.float32)
+    outof = tl.zeros([BB, N], tl.float32)
+    some = rows[:, None] & (n < STATES)[None, :]
+    for s in tl.static_range(SPLITS):
+        part = low + (s * B + b)[:, None] * wide + R + n[None, :]
+        into += tl.load(part, mask=some, other=0.0)
+        outof += tl.load(part + STATES, mask=some, other=0.0)
     # rounded where the network's own step rounds
     dtype = y.dtype.element_ty
     into, outof = into.to(dtype).to(tl.float32), outof.to(dtype).to(tl.float32)
-    if MATRIX:
-        copies: tl.constexpr = 16 // BB  # of each row: as many rows as the matrix units take
-        ranks = tl.reshape(tl.broadcast_to(ranks.to(dtype)[None, :, :], [copies, BB, RB]), [16, RB])
-        dt = tl.dot(ranks, tl.trans(w), input_precision="ieee")
-        dt = tl.reshape(dt, [copies, BB, CH])
-        dt = tl.sum(tl.where((tl.arange(0, copies) == 0)[:, None, None], dt, 0.0), 0)
-    else:
-        ranks = ()
-        for j in tl.static_range(BB):
-            rank = tl.zeros([RB], tl.float32)
-            for s in tl.static_range(SPLITS):
-                part = low + (s * B + first + j) * wide + r
-                rank += tl.load(part, mask=(first + j < B) & (r < R), other=0.0)
-            ranks = ranks + (rank,)
-        dt = tl.zeros([BB, CH], tl.float32)
-        for j in tl.static_range(BB):
-            one = tl.sum(w.to(tl.float32) * ranks[j].to(dtype).to(tl.float32)[None, :], 1)
-            dt = tl.where((i == j)[:, None], one[None, :], dt)
+    ranks = ()
+    for j in tl.static_range(BB):
+        rank = tl.zeros([RB], tl.float32)
+        for s in tl.static_range(SPLITS):
+            part = low + (s * B + first + j) * wide + r
+            rank += tl.load(part, mask=(first + j < B) & (r < R), other=0.0)
+        ranks = ranks + (rank,)
+    dt = tl.zeros([BB, CH], tl.float32)
+    for j in tl.static_range(BB):
+        one = tl.sum(w.to(tl.float32) * ranks[j].to(dtype).to(tl.float32)[None, :], 1)
+        dt = tl.where((i == j)[:, None], one[None, :], dt)
     delta = step_size(dt.to(dtype), bias[None, :], live[None, :])
     h = tl.exp2(delta[:, :, None] * a[None, :, :]) * h + (delta * u)[:, :, None] * into[:, None, :]
     tl.store(states, h, mask=rows[:, None, None] & here[None, :, :])
@@ -344,7 +242,7 @@ def ssm_step(
     tl.store(y + b[:, None] * E + e[None, :], v.to(dtype), mask=both)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def replay(
     columns, x, dt, B_, A_log, dt_bias, keep, conv, state, T, E, columns_row, columns_step, x_step, dt_step, b_step,
     STATES: tl.constexpr, N: tl.constexpr, CH: tl.constexpr, W: tl.constexpr,
