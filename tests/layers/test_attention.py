@@ -106,3 +106,14 @@ def test_shapes_that_do_not_fit(settings, words):
         AttentionConfig(**settings).build(D)
     if settings == {"heads": 8}:
         assert AttentionConfig(heads=8, rope_base=None).build(D).width == 3
+
+
+def test_a_projection_that_is_wrapped_is_called_also_where_the_last_step_alone_is_wanted():
+    """An adapter around a projection has no parts that could be taken alone."""
+    torch.manual_seed(0)
+    layer = AttentionConfig(heads=2, window=4).build(16)
+    x = torch.randn(2, 9, 16)
+    expected, _ = layer.advance_last(x, None)
+    layer.set_submodule("qkv_proj", torch.nn.Sequential(layer.qkv_proj))
+    got, _ = layer.advance_last(x, None)
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)

@@ -18,7 +18,7 @@ from milonga.layers.base import (
     last_columns_,
     write_,
 )
-from milonga.layers.linear import Linear, products
+from milonga.layers.linear import Linear, in_parts, products, separable
 from milonga.layers.norm import norm_of
 from milonga.layers.recompute import cheap
 from milonga.ops.causal_conv import causal_conv
@@ -163,7 +163,8 @@ class Attention(Layer):
         """As `Layer.advance_last`: keys of all steps, and one query where the piece holds every key that it sees."""
         (batch, time), window = x.shape[:2], self.config.window
         inside = time >= window if window is not None and state is not None else state is None
-        if not inside or time < 2 or segments is not None or self.config.short_conv:
+        alone = separable(self.qkv_proj) and not self.config.short_conv
+        if not inside or time < 2 or segments is not None or not alone:
             return super().advance_last(x, state, segments)
         kv = self.qkv_proj.from_feature(x, self.heads * self.width).view(batch, time, 2 * self.groups, self.width)
         k, v = kv.split(self.groups, 2)
@@ -192,7 +193,7 @@ class Attention(Layer):
         heads = [self.heads, self.groups, self.groups]
         if self.config.short_conv is None and x.is_cuda and torch.is_grad_enabled():
             # in parts from the beginning: gradients of views of one tensor would have to be copied together
-            parts = self.qkv_proj.split(x, [count * self.width for count in heads])
+            parts = in_parts(self.qkv_proj, x, [count * self.width for count in heads])
             q, k, v = (part.unflatten(2, (count, self.width)) for part, count in zip(parts, heads, strict=True))
             return self._turned(q, state, segments), self._turned(k, state, segments), v, x[..., :0]
         columns = self.qkv_proj(x)

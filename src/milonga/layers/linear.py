@@ -83,6 +83,18 @@ class StoredLinear(nn.Module):
         return f"in_features={self.weight.shape[1]}, out_features={self.weight.shape[0]}, storage={self.storage}"
 
 
+def separable(module: nn.Module) -> bool:
+    """Whether parts of this projection's result can be taken alone: not if it is wrapped, or a hook looks on."""
+    return bare(module, Linear) or bare(module, StoredLinear)
+
+
+def in_parts(module: nn.Module, input: Float[Tensor, "*rows D"], sizes: Sequence[int]) -> tuple[Tensor, ...]:
+    """A projection's result in parts of `sizes` features, each a product of its own where it is `separable`."""
+    if separable(module):
+        return module.split(input, sizes)  # type: ignore[operator]
+    return module(input).split(list(sizes), -1)
+
+
 def store_weights(module: nn.Module, storage: Storage) -> None:
     """Replace every `Linear` inside `module` by a `StoredLinear`, in place.
 

@@ -7,9 +7,10 @@ import torch
 from jaxtyping import Float, Float32, Float64
 from pydantic import Field, PositiveInt
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from milonga.layers.base import Keep, KeepFp32, Layer, LayerConfig, keep_per_sequence, kept_steps, last_columns
-from milonga.layers.linear import Linear, StoredLinear, products
+from milonga.layers.linear import Linear, StoredLinear, in_parts, products
 from milonga.layers.norm import norm_of
 from milonga.layers.recompute import cheap, forgotten
 from milonga.ops.causal_conv import causal_conv
@@ -135,6 +136,8 @@ class StepCache:
 
     def get(self, layer: "Mamba") -> "PreparedWeights | None":
         """What `layer` is prepared as; None if the kernel does not take it."""
+        if _has_any_global_hook():
+            return None
         own, modules = layer._parameters, layer._modules
         scan = modules["scan"]
         assert scan is not None
@@ -226,7 +229,7 @@ class Mamba(Layer):
             mixed = self._mix(x, conv_initial, ssm_initial, segments)
             final = MambaState(mixed.conv_final, mixed.final)
             return mixed.out, MambaTrace(mixed.columns, final, mixed.u, mixed.dt, mixed.B, segments)
-        columns, z = self.in_proj.split(x, (self.inner, self.inner))
+        columns, z = in_parts(self.in_proj, x, (self.inner, self.inner))
         if conv_initial is not None:
             conv_initial = conv_initial.to(columns.dtype)
 
