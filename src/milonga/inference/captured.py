@@ -75,14 +75,17 @@ def grows(network: Network) -> bool:
 
 
 def copy_state(target: NetworkState, source: NetworkState) -> None:
-    """Copy into buffers of the same shapes, or of more capacity, in one kernel."""
-    pairs = [
-        (mine if mine.ndim < 2 or mine.shape[1] == its.shape[1] else mine[:, : its.shape[1]], its)
-        for (_, mine), (_, its) in zip(named_tensors(target), named_tensors(source), strict=True)
-        if its.numel()
-    ]
-    if pairs:
-        torch._foreach_copy_([mine for mine, _ in pairs], [its for _, its in pairs])
+    """Copy into buffers of the same shapes, or of more capacity: one kernel for all tensors of a pair of dtypes, and of
+    shapes that are the same (PyTorch copies one by one what is mixed)."""
+    alike: dict[tuple[torch.dtype, torch.dtype, bool], tuple[list[Tensor], list[Tensor]]] = {}
+    for (_, mine), (_, its) in zip(named_tensors(target), named_tensors(source), strict=True):
+        if its.numel():
+            same = mine.ndim < 2 or mine.shape[1] == its.shape[1]
+            targets, sources = alike.setdefault((mine.dtype, its.dtype, same), ([], []))
+            targets.append(mine if same else mine[:, : its.shape[1]])
+            sources.append(its)
+    for targets, sources in alike.values():
+        torch._foreach_copy_(targets, sources)
 
 
 class Decoder:

@@ -11,8 +11,8 @@ def _power(n: int) -> int:
 
 
 def _warps(block: int) -> int:
-    """So many that a lane holds at most 32 sums."""
-    return max(4, min(32, block // 1024))
+    """So many that a lane holds 8 sums, where there are so many: one program has a multiprocessor for itself."""
+    return max(4, min(32, block // 256))
 
 
 def begin_draft_(behind: Tensor, inputs: DraftInputs, vocabulary: Vocabulary, draft: Draft, greedy: bool) -> None:
