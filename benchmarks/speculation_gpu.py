@@ -38,6 +38,7 @@ from milonga.inference.runner import Runner
 from milonga.inference.sampling import Uniforms
 from milonga.inference.speculative import SpeculativeDecoder
 
+SEVERAL = 6  # tokens of a draft up to which prices are measured
 FEW = 4  # prompts that a session writes behind
 RESERVE = 10.0  # seconds for loading and for the unforeseen
 SETUP = 20.0  # seconds that a run on a new GPU takes beside its steps: reading texts, compiling, scoring
@@ -119,21 +120,37 @@ def by(decoder: SpeculativeDecoder, count: int, sampling: Sampling) -> Write:
     return lambda session, prompt: b"".join(decoder.generate_bytes(session, count, sampling, context=prompt))
 
 
+def drafting(tokens: int) -> AdaptiveDraft:
+    """So many tokens every time."""
+    return AdaptiveDraft(round=1.0, token=1e-9, longest=tokens)
+
+
+def warmed(lm: LanguageModel, decoder: SpeculativeDecoder, sampling: Sampling, text: bytes, count: int) -> None:
+    """Compile and capture what drafts of every length need, and forget what came of it."""
+    length = decoder.draft
+    for tokens in range(1, SEVERAL + 1):
+        decoder.draft = drafting(tokens)
+        timed(lm, [text], by(decoder, min(count, 64), sampling))
+    decoder.draft = length
+    timed(lm, [text], by(decoder, count, sampling))
+    decoder.stats = type(decoder.stats)()
+
+
 def prices(
     lm: LanguageModel, decoder: SpeculativeDecoder, sampling: Sampling, text: bytes, step: float, count: int
 ) -> AdaptiveDraft:
     """What a round and a drafted token take, in plain steps: from rounds of one token each, and of several.
 
     In between every length is drafted once, so that nothing is compiled or captured later on."""
-    seconds, several = [], 6
-    for tokens in range(1, several + 1):
-        decoder.draft = AdaptiveDraft(round=1.0, token=1e-9, longest=tokens)
+    seconds = []
+    for tokens in range(1, SEVERAL + 1):
+        decoder.draft = drafting(tokens)
         for written in (count // 4, count // 2):  # the first compiles and captures
             decoder.stats = type(decoder.stats)()
             timed(lm, [text], by(decoder, written + 2, sampling))
         stats = decoder.stats
         seconds.append((stats.draft_seconds + stats.verify_seconds) / max(stats.rounds, 1) / step)
-    token = max((seconds[-1] - seconds[0]) / (several - 1), 0.001)
+    token = max((seconds[-1] - seconds[0]) / (SEVERAL - 1), 0.001)
     return AdaptiveDraft(round=round(max(seconds[0] - token, 0.1), 2), token=round(token, 3))
 
 
@@ -163,8 +180,7 @@ def measured(
     for index, (rule, sampling) in enumerate(RULES):
         decoder = decoders[rule]
         decoder.draft = length
-        timed(lm, texts[:1], by(decoder, given.bytes, sampling))  # compiles and captures
-        decoder.stats = type(decoder.stats)()
+        warmed(lm, decoder, sampling, texts[0], given.bytes)
         left = until - time.monotonic()
         end = time.monotonic() + left / (len(RULES) - index)
         fast, stats = timed(lm, texts, by(decoder, given.bytes, sampling), end), decoder.stats
