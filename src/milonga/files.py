@@ -62,8 +62,37 @@ def fsync_folder(path: str | os.PathLike[str]) -> None:
         os.close(descriptor)
 
 
+def check_target(path: str | os.PathLike[str]) -> None:
+    """What can be told of a file before it is written, so that work of hours does not end with nothing kept.
+
+    Raises:
+        UserError: if `path` is a folder or no name of a file, or its folder is missing or may not be written to.
+    """
+    _check_name(Path(path))
+    target = Path(path)
+    with disk_errors(target):
+        if target.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        if not target.parent.is_dir():
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
+        if not os.access(target.parent, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+
+def _check_name(path: Path) -> None:
+    if path.name == "":
+        raise UserError(f"cannot write {path}: that is a folder; name a file in it")
+    if "\0" in str(path):
+        raise UserError(f"cannot write {path}: a name cannot hold a zero byte")
+
+
 def partial_beside(path: Path) -> Path:
-    """A new name for a temporary in the folder of `path`, which `remove_partials` knows."""
+    """A new name for a temporary in the folder of `path`, which `remove_partials` knows.
+
+    Raises:
+        UserError: if `path` is no name of a file.
+    """
+    _check_name(path)
     return path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}{_PARTIAL}")
 
 

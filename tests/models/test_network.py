@@ -125,6 +125,7 @@ def test_what_is_returned():
         (lambda n, t: n(t[:, :0], logits="last"), "no last step"),
         (lambda n, t: n(t[:1], segments=Segments([0, 0, 5]), logits="last"), "no last step"),
         (lambda n, t: n(t, targets=t, logits="last"), "exclude each other"),
+        (lambda n, t: n(t, logits="final"), "logits must be one of all, last, none, got 'final'"),
     ],
 )
 def test_what_does_not_fit(call, words):

@@ -93,6 +93,20 @@ def test_the_convolution_with_the_product(
     assert bool(out[..., width:].isnan().all())
 
 
+def test_weights_in_another_order_of_memory() -> None:
+    """A parameter that is another's transpose: read as the matrix that it is."""
+    torch.manual_seed(0)
+    grad_u, x = torch.randn(2, 1, 20, 128)
+    narrow, into, weight, bias = torch.randn(20, 8), torch.randn(8, 128), torch.randn(128, 4), torch.randn(128)
+    results = []
+    for turned in (False, True):
+        weights = (into.t().contiguous().t(), weight.t().contiguous().t()) if turned else (into, weight)
+        grad_x = torch.full((1, 20, 128), float("nan"))
+        found = triton.conv_backward(grad_u, narrow, weights[0], x, weights[1], bias, grad_x)
+        results.append((grad_x, *found))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
 def test_chunks_are_whole_turns_and_fill_the_gpu() -> None:
     for batch, time, blocks in ((4, 8192, 16), (32, 4096, 8), (1, 1, 1), (1, 100_000, 12)):
         length = triton.chunk_length(batch, time, blocks)

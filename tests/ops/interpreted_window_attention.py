@@ -99,6 +99,23 @@ def test_gradients_by_descriptors(batch: int, time: int, window: int | None, pas
     assert all(relative_rms(got, right) <= 2e-3 for got, right in zip(gradients, exact, strict=False))
 
 
+@pytest.mark.parametrize("which", ["queries", "gradient"])
+def test_steps_that_share_memory_have_no_descriptor(which: str) -> None:
+    """As the gradient of a sum over time has: the same for every step."""
+    q, k, v = (t.half() for t in make((128,), 2, 2, (16, 16), None, False)[0])
+    once = torch.randn(1, 1, 2, 16).half().expand(1, 128, 2, 16)
+    grad = torch.randn(1, 128, 2, 16).half()
+    q, grad = (once, grad) if which == "queries" else (q, once)
+    plan = triton._Plan(q, k, v, None, None, None, None, 65, 0.25)
+    assert triton._described(plan, grad, plan.tuning.keys.queries) is None
+    arguments = (q, k, v, None, None, None, None, 65, 0.25)
+    y, stats = triton.forward(*arguments)
+    leaves = [t.double().requires_grad_() for t in (q, k, v)]
+    exact = torch.autograd.grad(window_attention(*leaves, window=65, scale=0.25, backend="reference"), leaves, grad)
+    gradients = triton.backward(grad, *arguments, y, stats)
+    assert all(relative_rms(got, right) <= 2e-3 for got, right in zip(gradients, exact, strict=False))
+
+
 @pytest.mark.parametrize("window", [1, 2, 64, 65, 66, 129, 130, 131, 500, None])
 @pytest.mark.parametrize("packed", [False, True])
 def test_each_block_of_queries_is_launched_once(window: int | None, packed: bool) -> None:

@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
 
 from milonga.layers import MambaConfig
 from milonga.layers.recompute import forgetting
@@ -176,6 +177,59 @@ def test_it_is_not_for_float64_nor_without_gradients() -> None:
     assert takes(x) and not takes(x.double())
     with torch.no_grad():
         assert not takes(x)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_gradients_of_nothing(packed: bool) -> None:
+    """No step at all, or sequences that are all empty: parameters get zeros, and states what goes through them."""
+    segments = Segments.from_lengths([0, 0]) if packed else None
+    made = make(1 if packed else 2, 0, 6, 18, 3, 4, 2)
+    leaves = {name: value.requires_grad_() for name, value in made.items()}
+    found = mamba_mixer(**leaves, segments=segments)
+    gradients = torch.autograd.grad(sum(out.square().sum() for out in found), list(leaves.values()))
+    for name, leaf, got in zip(NAMES, leaves.values(), gradients, strict=True):
+        assert torch.equal(got, 2 * leaf if name in ("conv_initial", "initial") else torch.zeros_like(leaf)), name
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "expected"),
+    [
+        ("x", (20, 6), "x must be"),
+        ("in_weight", (35, 6), r"in_weight must be \[2E D\], expected \[36, 6\]"),
+        ("conv_weight", (17, 4), "conv_weight must be"),
+        ("conv_weight", (18,), "conv_weight must be"),
+        ("conv_bias", (17,), "conv_bias must be"),
+        ("x_weight", (10, 17), "x_weight must be"),
+        ("dt_weight", (17, 4), "dt_weight must be"),
+        ("A", (18, 0), "A must be"),
+        ("out_weight", (7, 18), "out_weight must be"),
+        ("D", (17,), "D must be"),
+        ("dt_bias", (1,), "dt_bias must be"),
+        ("conv_initial", (1, 3, 18), r"conv_initial must be \[S W-1 E\], expected \[2, 3, 18\]"),
+        ("initial", (1, 18, 3), r"initial must be \[S E N\], expected \[2, 18, 3\]"),
+    ],
+)
+def test_what_does_not_fit(name: str, shape: tuple[int, ...], expected: str) -> None:
+    """Kernels would read beyond a state of fewer rows."""
+    inputs = make(2, 20, 6, 18, 3, 4) | {name: torch.zeros(shape)}
+    with pytest.raises(ValueError, match=f"mamba_mixer: {expected}"):
+        mamba_mixer(**inputs)
+
+
+def test_dtypes_and_packing_that_do_not_fit() -> None:
+    inputs = make(2, 20, 6, 18, 3, 4)
+    for name in ("A", "D", "dt_bias", "initial", "conv_weight"):
+        with pytest.raises(ValueError, match=f"{name} must be .*float32, got float64"):
+            mamba_mixer(**inputs | {name: inputs[name].double()})
+    with pytest.raises(ValueError, match="packed as"):
+        mamba_mixer(**inputs, segments=Segments([0, 20]))
+
+
+def test_fake_tensors_go_through_the_ops() -> None:
+    """Sizes of a step can be asked for without its memory."""
+    with FakeTensorMode(), forgetting(("conv", "scan")):
+        y, trace = MambaConfig(d_state=4).build(16).advance(torch.randn(2, 9, 16), None)
+        assert y.shape == (2, 9, 16) and y.requires_grad and trace.final.ssm.shape == (2, 32, 4)
 
 
 def test_gradients_of_gradients_are_refused() -> None:

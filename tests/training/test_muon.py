@@ -64,3 +64,13 @@ def test_on_a_cpu_the_step_is_that_of_pytorch():
     _moved(torch.optim.Muon(one, **settings), one, lambda it: it.step())
     _moved(StackedMuon(other, **settings), other, lambda it: it.step(lambda: 0.0))
     assert all(torch.equal(p, q) for p, q in zip(one, other, strict=True))
+
+
+def test_on_a_cpu_the_step_is_that_of_pytorch_where_the_closure_gives_the_first_gradients():
+    moved = []
+    for kind in (torch.optim.Muon, StackedMuon):
+        parameters = _parameters()
+        optimizer = kind(parameters, lr=0.02, adjust_lr_fn="match_rms_adamw")
+        optimizer.step(lambda parameters=parameters: _give_gradients(parameters, 0))
+        moved.append(parameters)
+    assert all(torch.equal(p, q) for p, q in zip(*moved, strict=True))

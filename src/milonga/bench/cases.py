@@ -82,6 +82,10 @@ class Op:
         for letter in self.letters:
             if letters[letter] < (0 if letter == "w" else 1):
                 raise UserError(f"--shape: {letter} of {self.name} must be at least 1, got {letters[letter]}")
+        if self.name == "conv" and letters["W"] > 8:
+            raise UserError(f"--shape: W of conv must be at most 8, got {letters['W']}")
+        if self.name == "attention" and letters["H"] % letters["G"]:
+            raise UserError(f"--shape: G of attention must divide H, got H {letters['H']} and G {letters['G']}")
         return {letter: letters[letter] for letter in self.letters}
 
     def backend(self, device: torch.device, dtype: torch.dtype) -> str:
@@ -143,8 +147,6 @@ def _conv(s: Letters, device: torch.device, dtype: torch.dtype) -> Case:
 
 def _attention(s: Letters, device: torch.device, dtype: torch.dtype) -> Case:
     B, T, H, G, K, w = s["B"], s["T"], s["H"], s["G"], s["K"], s["w"]
-    if H % G:
-        raise UserError(f"--shape: G of attention must divide H, got H {H} and G {G}")
     make = _Maker(device, dtype)
     q, k, v = make.normal(B, T, H, K), make.normal(B, T, G, K), make.normal(B, T, G, K)
 

@@ -1,5 +1,6 @@
 """`milonga bench ops`: every op against its floor and against its peers, in one run."""
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -12,6 +13,7 @@ from milonga.bench.demands import AS_FAST_AS_PEERS, CHIP, Demand, demand, judged
 from milonga.bench.figures import Figure
 from milonga.bench.peers import peers_of
 from milonga.bench.result import Bar, Bars, BenchResult, Progress, Table, silent
+from milonga.bench.study import no_room
 from milonga.bench.timing import Call, Failure, Timing, measure
 from milonga.bench.work import Floor, Work, floor_of_passes
 from milonga.errors import UserError
@@ -109,7 +111,7 @@ def parse_shape(text: str) -> tuple[int, ...]:
         UserError: if it is no list of whole numbers.
     """
     parts = [part.strip() for part in text.split(",")]
-    if not all(part.isdecimal() for part in parts):
+    if not all(re.fullmatch("[0-9]{1,12}", part) for part in parts):
         raise UserError(f"--shape: expected whole numbers such as 8,4096,3072, got {text!r}")
     return tuple(int(part) for part in parts)
 
@@ -311,7 +313,7 @@ def _built(op: Op, letters: Letters, device: torch.device, dtype: torch.dtype) -
     except (torch.OutOfMemoryError, MemoryError) as error:
         raise UserError(f"--shape: inputs of {op.name} {shape_text(letters)} do not fit into memory") from error
     except RuntimeError as error:
-        if "memory" not in str(error):
+        if not no_room(error):
             raise
         raise UserError(f"--shape: inputs of {op.name} {shape_text(letters)} do not fit into memory") from error
 

@@ -27,9 +27,18 @@ def attempt(work: Callable[[], Measured]) -> Measured | str:
     """The result, or that memory ran out."""
     try:
         return work()
-    except torch.OutOfMemoryError:
+    except (MemoryError, RuntimeError) as error:
+        if not no_room(error):
+            raise
         forget()
         return "out of memory"
+
+
+def no_room(error: BaseException) -> bool:
+    """Whether tensors did not fit into memory: a GPU has an exception for it, a CPU words, and so have sizes that no
+    machine could have."""
+    found = str(error)
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "memory" in found or "overflow" in found
 
 
 def settings_of(models: Models, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:

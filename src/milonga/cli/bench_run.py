@@ -19,7 +19,7 @@ from milonga.bench.page import check_plot, figure_table, render, write_plot
 from milonga.bench.result import Progress
 from milonga.cli import console
 from milonga.errors import UserError
-from milonga.files import ensure_folder, write_atomically
+from milonga.files import check_target, ensure_folder, write_atomically
 from milonga.inference.language_model import choose_device
 from milonga.layers.recompute import CHEAP
 from milonga.models import ModelConfig
@@ -48,6 +48,11 @@ def check(outputs: Outputs) -> None:
     UserError: if something could not be written after minutes of measuring.
     """
     check_plot(outputs.plot)
+    for path in (outputs.plot, outputs.json if outputs.json != "-" else None):
+        if path is not None:
+            check_target(path)
+    if outputs.folder is not None:
+        ensure_folder(outputs.folder)
 
 
 def finish(result: BenchResult, outputs: Outputs) -> int:
@@ -203,7 +208,7 @@ def parse_length(text: str, option: str = "--lengths") -> int:
     Raises:
         UserError: if it is neither.
     """
-    found = re.fullmatch(r"(\d+)([KkMm]?)", text.strip())
+    found = re.fullmatch(r"([0-9]{1,12})([KkMm]?)", text.strip())
     if not found or int(found[1]) < 1:
         raise UserError(f"{option}: expected lengths such as 4096 or 4K, got {text!r}")
     return int(found[1]) << {"": 0, "k": 10, "m": 20}[found[2].lower()]

@@ -4,6 +4,7 @@ Text goes to stdout, all else to stderr. A line is read by the session, line bre
 Nothing but the end of the input, or `/quit`, ends a chat.
 """
 
+import re
 import sys
 import time
 from collections import deque
@@ -145,7 +146,7 @@ class Chat:
         self.status()
 
     def _rewind(self, argument: str) -> None:
-        if argument and not argument.isdigit():
+        if not re.fullmatch("[0-9]{0,9}", argument):
             raise UserError(f"/rewind takes a number of turns, got {argument!r}")
         count, turns = int(argument or 1), self._branch.turns
         if count > len(turns):

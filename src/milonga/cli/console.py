@@ -13,6 +13,8 @@ from rich.text import Text
 
 # Off a terminal a line of progress at most this often, in seconds.
 LINE_EVERY = 10.0
+# What is over sooner, in seconds, shows no progress where that would be in the way.
+AFTER = 2.0
 
 
 class _Console(Console):
@@ -159,6 +161,37 @@ class Bar:
             self._bar.stop()
         else:
             self._line()
+
+
+class LateBar:
+    """Progress of one task that shows itself once the task has taken `AFTER` seconds. Use `late_progress`."""
+
+    def __init__(self, what: str, total: float | None, unit: str):
+        self._what, self._total, self._unit = what, total, unit
+        self._began = time.monotonic()
+        self._bar: Bar | None = None
+
+    def __enter__(self) -> "LateBar":
+        return self
+
+    def update(self, done: int, note: str = "") -> None:
+        """As `Bar.update`."""
+        if self._bar is None:
+            if time.monotonic() - self._began < AFTER:
+                return
+            self._bar = Bar(self._what, self._total, self._unit, done).__enter__()
+        self._bar.update(done, note)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.__exit__(kind, error, trace)
+
+
+def late_progress(what: str, total: float | None = None, unit: str = "") -> LateBar:
+    """`progress` for what may be over at once: nothing is shown of a task that takes less than `AFTER` seconds."""
+    return LateBar(what, total, unit)
 
 
 def progress(what: str, total: float | None = None, unit: str = "", *, start: int = 0) -> Bar:

@@ -7,11 +7,11 @@ from milonga.cli import console
 from milonga.cli.sampling_options import end_at
 from milonga.cli.speculation import CONTEXT, Speculation, decoder_of, speculation_facts
 from milonga.errors import UserError
+from milonga.files import check_target
 from milonga.inference import Generation, LanguageModel, Sampling, Session, load
 
-_BLOCK = 1 << 16
-# A prompt longer than this shows how far it has been read, in bytes.
-_LONG = 1 << 20
+# Bytes of a prompt that are fed at once: few, so that progress comes soon, and whole pieces of a session.
+_BLOCK = 1 << 12
 
 
 def run_generate(
@@ -50,6 +50,8 @@ def run_generate(
             cannot be read or written.
     """
     _expect_logprobs(logprobs, json_, speculation)
+    if save is not None:
+        check_target(save)  # not once the text is written
     lm = load(run, device=device)
     warm_up(lm)
     decoder = None if speculation is None else decoder_of(lm, speculation)
@@ -63,7 +65,7 @@ def run_generate(
     else:
         generation = decoder.generate(session, bytes_, sampling, context=context)
     if json_:
-        text = "".join(_ending(generation, bytes_))
+        text = _whole(generation, bytes_)
         facts = _facts(session, generation, text, read)
         if decoder is not None:
             facts["speculation"] = speculation_facts(decoder)
@@ -103,6 +105,16 @@ def _stream(pieces: Iterable[str]) -> None:
         sys.stdout.write("\n")
 
 
+def _whole(generation: Generation[str], bytes_: int) -> str:
+    """All of it at once, showing how far it is where that takes long."""
+    pieces = []
+    with console.late_progress("writing", bytes_, "bytes") as bar:
+        for piece in _ending(generation, bytes_):
+            pieces.append(piece)
+            bar.update(generation.bytes)
+    return "".join(pieces)
+
+
 def _ending(generation: Generation[str], bytes_: int) -> Iterator[str]:
     for piece in generation:
         yield piece
@@ -135,20 +147,12 @@ def _facts(session: Session, generation: Generation[str], text: str, read: int) 
 
 def _read(lm: LanguageModel, session: Session, prompt: Iterator[bytes]) -> bytes:
     """Feed a prompt of any length, showing how far it has been read where that takes long: -> its last bytes."""
-    parts = lm.codec.cut(prompt, _BLOCK)
     read, last = 0, b""
-    for part in parts:
-        session.feed(part)
-        read, last = read + len(part), (last + part)[-CONTEXT:]
-        if read > _LONG:
-            break
-    else:
-        return last
-    with console.progress("reading", unit="bytes", start=read) as bar:
-        for part in parts:
+    with console.late_progress("reading", unit="bytes") as bar:
+        for part in lm.codec.cut(prompt, _BLOCK):
             session.feed(part)
-            last = (last + part)[-CONTEXT:]
-            bar.advance(len(part))
+            read, last = read + len(part), (last + part)[-CONTEXT:]
+            bar.update(read)
     return last
 
 

@@ -50,6 +50,11 @@ def sampling_of(
     """
     if not ban.isascii():
         raise UserError("--ban: characters outside ASCII are several bytes; name single ones as \\xHH")
+    if "" in stop:
+        raise UserError("--stop: is empty; give the text to end before, or leave it out")
+    banned, forced = unescaped("--ban", ban), unescaped("--begin", begin)
+    if clash := set(forced) & set(banned):
+        raise UserError(f"--begin: holds {bytes([min(clash)])!r}, which --ban forbids")
     return Sampling(
         temperature=temperature,
         top_k=top_k,
@@ -58,8 +63,8 @@ def sampling_of(
         repetition_penalty=repetition_penalty,
         repetition_window=repetition_window,
         stop=tuple(unescaped("--stop", text) for text in stop),
-        banned=unescaped("--ban", ban),
-        forced=unescaped("--begin", begin),
+        banned=banned,
+        forced=forced,
         valid_utf8=valid_utf8,
         seed=seed,
     )

@@ -78,6 +78,7 @@ def speculation_facts(decoder: SpeculativeDecoder) -> dict[str, object]:
         "lossless": decoder.rule != "top_k",
         "draft": {"adaptive": dataclasses.asdict(length)} if isinstance(length, AdaptiveDraft) else length,
         "drafted": stats.drafted,
+        "examined": stats.examined,
         "accepted": stats.accepted,
         "acceptance": stats.acceptance,
         "verifications": stats.verifications,

@@ -109,6 +109,8 @@ def choose_device(device: str | torch.device | None) -> torch.device:
         torch.empty(0, device=chosen)
     except (RuntimeError, AssertionError) as error:
         first = str(error).splitlines()[0]
+        if first.startswith("Expected one of"):  # a list of every device that PyTorch has heard of
+            first = "give cpu, cuda or cuda:N"
         raise UserError(f"device {str(device)!r} cannot be used here ({first}); try cpu") from error
     if chosen.type not in ("cpu", "cuda"):
         raise UserError(f"device {str(device)!r} cannot be used: only cpu, cuda and cuda:N are supported")

@@ -117,7 +117,7 @@ def read_session(path: Path, model: str, codec: TextCodec, like: Mark) -> tuple[
 def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
     """-> (header, tensors) of something that is a state file by its form."""
     if not path.is_file():
-        raise UserError(f"{path}: no such state file; `session.save` writes one")
+        raise UserError(f"{path}: no such state file; `session.save` or `milonga generate --save` writes one")
     try:
         with safe_open(str(path), framework="pt") as file:
             header = dict(file.metadata() or {})

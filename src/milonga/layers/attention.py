@@ -301,7 +301,7 @@ class Attention(Layer):
         before = norm_of(norm) if products(self.qkv_proj, self.out_proj) else None
         if before is None or self.config.short_conv or not has_piece_kernels(x):
             return super().read_piece(x, state, norm)
-        rows = x.flatten(0, 1)
+        rows = x.flatten(0, 1).contiguous()
         columns = linear_step(rows, self.qkv_proj.weight, norm=before).view(*x.shape[:2], -1)
         qk, v = columns.unflatten(2, (-1, self.width)).split([self.heads + self.groups, self.groups], dim=2)
         q, k = self._turned(qk, state, None).split([self.heads, self.groups], dim=2)

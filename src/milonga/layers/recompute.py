@@ -114,7 +114,8 @@ def cheap(name: Cheap, value: Tensor, make: Callable[..., Tensor], *sources: Ten
         sources: tensors that are kept anyway.
     """
     here = None if torch.compiler.is_compiling() else _active.get()
-    if here is not None and name in here.names and value.is_contiguous():
+    # a subclass, a fake tensor for one, has no address to be known by
+    if here is not None and name in here.names and type(value) is Tensor and value.is_contiguous():
         storage = value.untyped_storage()
         if storage.nbytes() == value.nbytes:  # a view of something larger would not free it
             here.recipes[storage.data_ptr()] = _Recipe(value, make, sources)

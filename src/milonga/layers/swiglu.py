@@ -83,7 +83,9 @@ class SwiGLU(Layer):
         before = norm_of(norm) if products(self.gate_up, self.down) else None
         if before is None or not has_piece_kernels(x):
             return super().read_piece(x, state, norm)
-        return swiglu_step(x.flatten(0, 1), before, self.gate_up.weight, self.down.weight).view(x.shape), NoState()
+        return swiglu_step(x.flatten(0, 1).contiguous(), before, self.gate_up.weight, self.down.weight).view(
+            x.shape
+        ), NoState()
 
     def init_state(
         self, batch: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None

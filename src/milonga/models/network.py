@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
+from typing import Any, Literal, NamedTuple, Protocol, get_args, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -22,6 +22,7 @@ from milonga.state import State
 
 NetworkState = tuple[State, ...]
 LogitsOf = Literal["all", "last", "none"]
+_LOGITS: tuple[LogitsOf, ...] = get_args(LogitsOf)
 _NO_RUNS: dict[int, MambaRun] = {}
 
 
@@ -188,7 +189,7 @@ class Network(nn.Module):
             traced: return the layers' traces instead of a state, for `commit`.
 
         Raises:
-            ValueError: if the shapes do not fit, or `logits="last"` meets an empty sequence.
+            ValueError: if the shapes or `logits` do not fit, or `logits="last"` meets an empty sequence.
         """
         wanted = logits or ("all" if targets is None else "none")
         self._check(tokens, state, segments, targets, wanted)
@@ -295,6 +296,8 @@ class Network(nn.Module):
             raise ValueError(f"network: targets must be {list(tokens.shape)} like tokens, got {list(targets.shape)}")
         if state is not None and len(state) != len(self.sublayers):
             raise ValueError(f"network: state must have {len(self.sublayers)} layers, got {len(state)}")
+        if wanted not in _LOGITS:
+            raise ValueError(f"network: logits must be one of {', '.join(_LOGITS)}, got {wanted!r}")
         if wanted != "last":
             return
         if targets is not None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 Coefficients = tuple[float, float, float]
 
-# Numbers of a stack at most: some copies of it in bf16 are all that a step takes beside what Muon keeps.
+# Numbers of a stack at most: some copies of it in fp32 and bf16 are all that a step takes beside what Muon keeps.
 STACK = 1 << 26
 
 
@@ -24,7 +24,7 @@ class StackedMuon(torch.optim.Muon):
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Move every parameter that has a gradient along it."""
-        parameters = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        parameters = [p for group in self.param_groups for p in group["params"]]  # a closure may give gradients
         known = all(group["adjust_lr_fn"] == "match_rms_adamw" for group in self.param_groups)
         if not known or not all(p.is_cuda and type(p.data) is Tensor for p in parameters):
             return super().step(closure)
@@ -77,10 +77,10 @@ def orthogonalised(
 
 
 def _stacks(matrices: list[Tensor]) -> Iterator[list[Tensor]]:
-    """Matrices of one shape and dtype, as many as `STACK` allows."""
+    """Matrices of one shape and dtype, on one device, as many as `STACK` allows."""
     alike = defaultdict(list)
     for matrix in matrices:
-        alike[matrix.shape, matrix.dtype].append(matrix)
+        alike[matrix.shape, matrix.dtype, matrix.device].append(matrix)
     for same in alike.values():
         count = max(1, STACK // max(1, same[0].numel()))
         for start in range(0, len(same), count):

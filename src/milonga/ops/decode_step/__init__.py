@@ -141,7 +141,9 @@ def mamba_step_(
         x: `[B D]`, contiguous.
         norm: over D.
         weights: the layer's, contiguous, matrices of products in the dtype of x; E a multiple of 16 on a GPU.
-        conv: `[B W-1 E]`, dtype of x, contiguous: the columns before this step, then after it.
+        conv: `[B W-1 E]`, dtype of x, contiguous: the columns before this step, then after it. On a GPU they are read
+            ahead of time: whatever else writes them between two steps, a copy for one, must not be the kernel launched
+            directly before this; behind an embedding it never is.
         ssm: `[B E N]`, fp32 (float64 where x is), contiguous: likewise.
         backend: `auto`, `reference` or `triton`.
 

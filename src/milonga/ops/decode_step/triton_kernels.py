@@ -5,7 +5,8 @@ is already resident while the one before it runs: it reads the first weights tha
 and only then waits for its input. A kernel lets its successor start at once, and touches memory that others write only
 after `gdc_wait`, which returns when the kernel before is complete, and so all before that. One exception: the narrow
 product lets its successor, the recurrence, start after its own wait; so that one reads its state before it waits, and
-the product before them, a step later, its columns.
+the product before them, a step later, its columns. Between two steps these may be written by other kernels, a copy or a
+replay, if at least one without PDL, which starts when all before it are complete, follows: the embedding of a step.
 
 Letters: B rows, F features, K the width that a product sums over, E inner width, N states, R rank of dt, W conv width.
 """

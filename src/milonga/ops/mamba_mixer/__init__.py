@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from milonga.ops.backend import KERNEL_DTYPES, choice
+from milonga.ops.checks import FLOATS, expect, expect_x
 from milonga.ops.mamba_mixer.function import MambaMixer
-from milonga.segments import Segments
+from milonga.segments import Segments, sequence_count
 
 # Bound of the relative RMS error of every output and gradient against the float64 reference, fp32 inputs of width up to
 # 1024: that of the scan, of the convolution and of four products.
@@ -27,10 +28,11 @@ class Mixed(NamedTuple):
 
 
 def takes(x: Tensor) -> bool:
-    """Whether `mamba_mixer` is for x: with gradients, not being compiled, in a dtype of the kernels."""
+    """Whether `mamba_mixer` is for x: with gradients, neither compiled nor traced, in a dtype of the kernels."""
     if not torch.is_grad_enabled() or torch.compiler.is_compiling() or product_dtype(x) not in KERNEL_DTYPES:
         return False
-    return choice("selective_scan", "auto", x.device.type, product_dtype(x)) != "reference"
+    # a subclass, a fake tensor for one, has no memory for kernels that are called past PyTorch's operators
+    return type(x) is Tensor and choice("selective_scan", "auto", x.device.type, product_dtype(x)) != "reference"
 
 
 def product_dtype(x: Tensor) -> torch.dtype:
@@ -90,17 +92,61 @@ def mamba_mixer(
         Relative RMS error against float64 with fp32 inputs: at most `ERROR_BOUND`.
 
     Raises:
+        ValueError: if shapes, dtypes, devices or segments do not fit.
         RuntimeError: in the backward pass, if its gradients are to be differentiated again (`create_graph`).
 
     Source: as `projected_scan`.
     """
     assert takes(x)
-    if segments is not None:
-        segments.check(x.shape[0], x.shape[1], "mamba_mixer")
     dtype = product_dtype(x)
     before = None if conv_initial is None else conv_initial.to(dtype)
     weights = (in_weight, conv_weight, conv_bias, x_weight, dt_weight, A, out_weight, D, dt_bias)
+    _check(x, *weights, before, initial, segments)
     return Mixed(*MambaMixer.apply(x.to(dtype), *weights, before, initial, segments, recast))
+
+
+def _check(
+    x: Tensor,
+    in_weight: Tensor,
+    conv_weight: Tensor,
+    conv_bias: Tensor,
+    x_weight: Tensor,
+    dt_weight: Tensor,
+    A: Tensor,
+    out_weight: Tensor,
+    D: Tensor,
+    dt_bias: Tensor,
+    conv_initial: Tensor | None,
+    initial: Tensor | None,
+    segments: Segments | None,
+) -> None:
+    op = "mamba_mixer"
+    (batch, time, features), device = expect_x(op, x), x.device
+    for name, value, letters in (
+        ("A", A, "[E N]"),
+        ("dt_weight", dt_weight, "[E R]"),
+        ("conv_weight", conv_weight, "[E W]"),
+    ):
+        if value.ndim != 2 or value.shape[1] < 1:
+            raise ValueError(f"{op}: {name} must be {letters}, the second 1 or more, got {list(value.shape)}")
+    (width, states), rank, taps = A.shape, dt_weight.shape[1], conv_weight.shape[1]
+    narrow, single = (product_dtype(x), torch.float32), (torch.float32,)
+    expect(op, "in_weight", in_weight, "[2E D]", (2 * width, features), FLOATS, device)
+    expect(op, "conv_weight", conv_weight, "[E W]", (width, taps), narrow, device)
+    expect(op, "conv_bias", conv_bias, "[E]", (width,), narrow, device)
+    expect(op, "x_weight", x_weight, "[R+2N E]", (rank + 2 * states, width), FLOATS, device)
+    expect(op, "dt_weight", dt_weight, "[E R]", (width, rank), FLOATS, device)
+    expect(op, "A", A, "[E N]", (width, states), single, device)
+    expect(op, "out_weight", out_weight, "[D E]", (features, width), FLOATS, device)
+    expect(op, "D", D, "[E]", (width,), single, device)
+    expect(op, "dt_bias", dt_bias, "[E]", (width,), single, device)
+    if segments is not None:
+        segments.check(batch, time, op)
+    rows = sequence_count(batch, segments)
+    if conv_initial is not None:
+        expect(op, "conv_initial", conv_initial, "[S W-1 E]", (rows, taps - 1, width), FLOATS, device)
+    if initial is not None:
+        expect(op, "initial", initial, "[S E N]", (rows, width, states), single, device)
 
 
 __all__ = ["ERROR_BOUND", "Mixed", "mamba_mixer", "product_dtype", "takes"]

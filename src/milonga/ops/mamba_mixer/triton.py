@@ -1,6 +1,6 @@
 """`mamba_mixer` on a GPU: where its own kernel applies, and launches."""
 
-from functools import cache
+from functools import cache, lru_cache
 
 import torch
 from torch import Tensor
@@ -32,6 +32,7 @@ def suits(grad_u: Tensor, narrow: Tensor, taps: int) -> bool:
     return grad_u.is_cuda and shape and taps == TAPS and grad_u.element_size() == 2 and _capable(grad_u.device.index)
 
 
+@lru_cache(maxsize=256)
 def chunk_length(batch: int, time: int, blocks: int) -> int:
     """Steps of a warp's chunk: with the three beyond it whole turns; all warps run at once, or in few waves."""
 
@@ -50,15 +51,16 @@ def conv_backward(
     The gradient of its output is `grad_u` `[B T E]` + `narrow` `[R F]` @ `into` `[F E]`. Rows are evenly spaced.
     """
     batch, time, width = x.shape
+    into, taps, bias = into.contiguous(), weight.contiguous(), bias.contiguous()
     blocks = width // CHANNELS
     length = chunk_length(batch, time, blocks)
     slots = batch * -(-time // length)
     partial = torch.empty((slots, TAPS + 1, width), dtype=torch.float32, device=x.device)
-    grad_weight, grad_bias = torch.empty_like(weight), torch.empty_like(bias)
+    grad_weight, grad_bias = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (weight, bias))
     with torch.cuda.device_of(x):
         if slots > 0:
             gluon_convolution.conv_backward[(-(-slots // WARPS) * blocks,)](
-                grad_u, narrow, into, x, weight.contiguous(), bias, grad_x, partial, time, narrow.shape[-1],
+                grad_u, narrow, into, x, taps, bias, grad_x, partial, time, narrow.shape[-1],
                 slots, length, narrow.stride(0), into.stride(0), E=width, g_step=grad_u.stride(1), x_step=x.stride(1),
                 out_step=grad_x.stride(1), BLOCKS=-(-narrow.shape[-1] // DEPTH), AHEAD=_AHEAD,
                 num_warps=WARPS, maxnreg=_REGISTERS,

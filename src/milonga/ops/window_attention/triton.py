@@ -312,7 +312,8 @@ def _described(plan: _Plan, grad: Tensor, steps: int) -> list[TensorDescriptor] 
         _, time, heads, width = tensor.shape
         row, step, head, _ = tensor.stride()
         joined = width == padded <= 256 and head == width and (row == time * step or plan.batch == 1)
-        if not joined or tensor.data_ptr() % 16 or step * tensor.element_size() % 16:
+        # steps that share memory are no rows of a matrix, as of a gradient that is the same for all of them
+        if not joined or step < heads * width or tensor.data_ptr() % 16 or step * tensor.element_size() % 16:
             return None
         shape = [plan.batch * time, heads * width]
         found.append(TensorDescriptor(tensor, shape, [step, 1], [steps, width]))
