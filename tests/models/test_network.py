@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from milonga.layers import AttentionConfig, MambaConfig, SwiGLUConfig, attention, swiglu
+from milonga.layers import AttentionConfig, Layer, MambaConfig, SwiGLUConfig, attention, swiglu
 from milonga.layers.linear import store_weights
 from milonga.layers.recompute import CHEAP
 from milonga.models import ModelConfig
@@ -233,6 +233,34 @@ def test_whoever_looks_on_sees_every_step(rows: list[int]) -> None:
         network(tokens, logits="last")
         handle.remove()
         assert rows == [20] * 8
+
+
+class Shifted(swiglu.SwiGLU):
+    """Adds what the step before gave: no longer each step by itself."""
+
+    def advance(self, x, state, segments=None):
+        y, trace = super().advance(x, state, segments)
+        return y + torch.nn.functional.pad(y[:, :-1], (0, 0, 1, 0)), trace
+
+
+class Doubled(attention.Attention):
+    """Twice what its base gives."""
+
+    def advance(self, x, state, segments=None):
+        y, trace = super().advance(x, state, segments)
+        return 2 * y, trace
+
+
+@pytest.mark.parametrize(("index", "kind"), [(7, Shifted), (5, Doubled)])
+def test_a_layer_with_another_advance_is_asked_for_it(index: int, kind: type[torch.nn.Module]) -> None:
+    """Its base's ways to leave steps out, or to take one step, would give the base's results."""
+    network, tokens = NARROW.build(), torch.randint(1000, (2, 20))
+    layer = network.sublayers[index].layer
+    layer.__class__ = kind
+    assert kind.step_ is Layer.step_ and kind.read_piece is Layer.read_piece and not kind.apart
+    with torch.no_grad():
+        last = network(tokens, logits="last").logits
+        torch.testing.assert_close(last, network(tokens).logits[:, -1], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("time", [1, 7, 8, 9, 20])

@@ -74,6 +74,21 @@ class Layer(nn.Module):
     own_init: tuple[str, ...] = ()  # parameter names that a model-wide initialisation leaves alone
     residual_output: ClassVar[str]  # name of the weight that writes into the residual stream
 
+    def __init_subclass__(cls) -> None:
+        """A class with an `advance` of its own inherits nothing that stands for the `advance` of another class."""
+        super().__init_subclass__()
+        own = vars(cls)
+        if "advance" not in own:
+            return
+        if "apart" not in own:
+            cls.apart = False
+        if "advance_last" not in own:
+            cls.advance_last = Layer.advance_last
+        if "step_" not in own:
+            cls.step_ = Layer.step_
+        if "read_piece" not in own:
+            cls.read_piece = Layer.read_piece
+
     def advance(
         self, x: Float[Tensor, "B T D"], state: State | None, segments: Segments | None = None
     ) -> tuple[Float[Tensor, "B T D"], Trace]:
