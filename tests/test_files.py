@@ -11,7 +11,15 @@ from pathlib import Path
 import pytest
 
 from milonga.errors import UserError
-from milonga.files import FolderLock, atomic_write, checksum, ensure_folder, remove_partials, write_atomically
+from milonga.files import (
+    FolderLock,
+    atomic_write,
+    check_target,
+    checksum,
+    ensure_folder,
+    remove_partials,
+    write_atomically,
+)
 
 
 def run_python(code: str, *args: object) -> subprocess.CompletedProcess[str]:
@@ -54,6 +62,35 @@ def test_permissions_follow_the_umask(tmp_path: Path):
 def test_a_missing_folder_is_named(tmp_path: Path):
     with pytest.raises(UserError, match=r"cannot write .*missing.*a\.bin: No such file"):
         write_atomically(tmp_path / "missing" / "a.bin", b"")
+
+
+def test_a_name_that_is_none_is_an_error_of_the_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    for name, words in (
+        (".", "that is a folder"),
+        ("", "that is a folder"),
+        ("/", "that is a folder"),
+        ("a\0b", "zero"),
+    ):
+        with pytest.raises(UserError, match=words):
+            write_atomically(name, b"")
+        with pytest.raises(UserError, match=words):
+            check_target(name)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_can_be_told_before_a_file_is_written(tmp_path: Path):
+    check_target(tmp_path / "new")
+    (tmp_path / "old").write_bytes(b"old")
+    check_target(tmp_path / "old")
+    for path, words in (
+        (tmp_path, "Is a directory"),
+        (tmp_path / "none" / "a", "No such"),
+        (tmp_path / "old" / "a", "No"),
+    ):
+        with pytest.raises(UserError, match=words):
+            check_target(path)
+    assert [path.name for path in tmp_path.iterdir()] == ["old"]
 
 
 def test_a_full_disk_is_one_line_and_loses_nothing(tmp_path: Path):

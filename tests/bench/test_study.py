@@ -95,6 +95,17 @@ def test_a_model_that_does_not_fit_is_left_out():
     assert attempt(lambda: 3) == 3
 
 
+def test_what_no_memory_holds_is_told_from_other_faults():
+    for shape in ((1 << 40, 1 << 10), (1 << 40, 1 << 20, 1 << 10)):
+        assert attempt(lambda shape=shape: torch.empty(shape)) == "out of memory"
+
+    def faulty():
+        raise RuntimeError("an illegal memory access was encountered")
+
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        attempt(faulty)
+
+
 def test_published_figures_stand_beside_the_papers_shapes_only():
     assert as_published(MODELS) == set()
     assert as_published({name: study_model(name, small=False) for name in STUDY}) == set(STUDY)

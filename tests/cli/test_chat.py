@@ -121,6 +121,10 @@ def test_errors_of_commands_do_not_end_it(folder, chat):
 /load .
 /rewind
 /rewind x
+/rewind \xc2\xb2
+/rewind 99999999999999999999
+/save .
+/save a\0b
 Hello
 /rewind 2
 /fork
@@ -133,7 +137,8 @@ Hello
     done = chat(text, "--bytes", "5")
     complaints = [line for line in done.err.splitlines() if line.startswith("chat: ")]
     words = ["/nonsense", "usage", "cannot write", "nowhere.state", "text.txt", "no such state file", "only 0 turns"]
-    words += ["'x'", "only 1 turns", "usage", "already", "not ''", "'nowhere'", "no command /"]
+    words += ["'x'", "'\u00b2'", "'99999999999999999999'", "that is a folder", "zero byte"]
+    words += ["only 1 turns", "usage", "already", "not ''", "'nowhere'", "no command /"]
     assert len(complaints) == len(words)
     for word, complaint in zip(words, complaints, strict=True):
         assert word in complaint

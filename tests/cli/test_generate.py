@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from milonga.cli import console, main
 from milonga.cli import generate as generate_module
-from milonga.cli import main
 from milonga.cli.generate import run_generate
+from milonga.cli.sampling_options import sampling_of
 from milonga.cli.speculation import speculation_of
 from milonga.errors import UserError
 from milonga.inference import Sampling, load
@@ -113,12 +114,49 @@ def test_a_model_of_subwords_writes_about_as_many_bytes(capsys, monkeypatch):
 
 
 def test_a_long_prompt_shows_how_far_it_is(model, capsys, monkeypatch):
-    monkeypatch.setattr(generate_module, "_LONG", 100_000)
+    monkeypatch.setattr(console, "AFTER", 0.1)
     monkeypatch.setattr(sys, "stdin", _Stdin(b"once " * 40_000))
     generate(model, prompt="-", json_=True)
     done = capsys.readouterr()
     assert json.loads(done.out)["prompt_bytes"] == 200_000
     assert "reading: 200,000 bytes" in done.err
+
+
+def test_a_short_prompt_and_text_show_no_progress(model, capsys):
+    generate(model, json_=True)
+    assert capsys.readouterr().err == ""
+
+
+def test_a_long_text_in_json_shows_how_far_it_is(model, capsys, monkeypatch):
+    monkeypatch.setattr(console, "AFTER", 0.02)
+    generate(model, count=150, json_=True)
+    done = capsys.readouterr()
+    assert json.loads(done.out)["bytes"] == 150
+    assert "writing: 150/150 bytes" in done.err
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("no-such-folder/a.state", "no-such-folder/a.state: No such file or directory"),
+        (".", "that is a folder"),
+        ("folder", "folder: Is a directory"),
+        ("a\0b", "zero byte"),
+    ],
+)
+def test_a_place_that_cannot_be_saved_to_is_told_before_it_writes(model, capsys, monkeypatch, tmp_path, name, words):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(UserError, match=words):
+        generate(model, save=name)
+    assert capsys.readouterr().out == ""
+
+
+def test_settings_are_named_as_the_options_are():
+    with pytest.raises(UserError, match="--stop: is empty"):
+        sampling_of(1.0, None, None, None, 1.0, 64, [""], "", "", False, 0)
+    with pytest.raises(UserError, match="--begin: holds b'z', which --ban forbids"):
+        sampling_of(1.0, None, None, None, 1.0, 64, [], "az", "zoo", False, 0)
 
 
 def test_json_is_one_document(model, capsys):

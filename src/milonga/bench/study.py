@@ -1,6 +1,7 @@
 """What the two halves of the throughput study share: models with random weights, one after the other."""
 
 import gc
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -23,6 +24,9 @@ def forget() -> None:
         torch.cuda.empty_cache()
 
 
+_NO_ROOM = re.compile("allocate memory|not enough memory|multiplication overflow|size calculation overflow")
+
+
 def attempt(work: Callable[[], Measured]) -> Measured | str:
     """The result, or that memory ran out."""
     try:
@@ -37,8 +41,7 @@ def attempt(work: Callable[[], Measured]) -> Measured | str:
 def no_room(error: BaseException) -> bool:
     """Whether tensors did not fit into memory: a GPU has an exception for it, a CPU words, and so have sizes that no
     machine could have."""
-    found = str(error)
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "memory" in found or "overflow" in found
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or _NO_ROOM.search(str(error)) is not None
 
 
 def settings_of(models: Models, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:

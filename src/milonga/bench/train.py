@@ -12,7 +12,7 @@ from milonga.bench.ceilings import Ceilings
 from milonga.bench.models import TrainingShape, product_flops
 from milonga.bench.peers import one_line, peer_models
 from milonga.bench.result import BenchResult, Progress, silent
-from milonga.bench.study import forget
+from milonga.bench.study import forget, no_room
 from milonga.bench.timing import synchronize
 from milonga.bench.train_rows import OURS, Precision, TrainRow, figures_of, plots, table
 from milonga.data.windows import Batch
@@ -235,10 +235,12 @@ def bench_train(
 
         try:
             rows.append(_row(shape, OURS, ours, precision, compile_, budget, ceilings, say))
-        except torch.OutOfMemoryError as error:
+        except (MemoryError, RuntimeError) as error:
+            if not no_room(error):
+                raise
             if len(shapes) == 1:
                 raise UserError(
-                    f"{shape.name}: out of memory at batch {shape.batch} x {shape.length}; give a smaller --batch"
+                    f"{shape.name}: out of memory at batch {shape.batch} x {shape.length}; give a smaller --batch or --length"
                 ) from error
             notes.append(f"{shape.name} was left out: out of memory at batch {shape.batch} x {shape.length}")
         if peers:

@@ -153,7 +153,8 @@ def prefill(
     model: Models = None,
     lengths: Lengths = None,
     total: Annotated[
-        str | None, typer.Option(help="Tokens of all rows together. [default: 128K, or 1K with --small]", metavar="LENGTH")
+        str | None,
+        typer.Option(help="Tokens of all rows together. [default: 128K, or 1K with --small]", metavar="LENGTH"),
     ] = None,
     small: Small = None,
     dtype: Dtype = None,

@@ -117,6 +117,16 @@ def run_bench_ops(
     return finish(result, outputs)
 
 
+# More rows, tokens or steps than any memory holds; torch knows no such sizes.
+_LARGEST = 10**12
+
+
+def _expect_possible(**counts: int | None) -> None:
+    for option, number in counts.items():
+        if number is not None and number >= _LARGEST:
+            raise UserError(f"--{option}: must be below {_LARGEST}, got {number}")
+
+
 class TrainChanges(NamedTuple):
     """What the command line says about the shapes it trains; None leaves a shape as it is."""
 
@@ -130,8 +140,9 @@ class TrainChanges(NamedTuple):
         """The shape with these changes.
 
         Raises:
-            UserError: if a name is not known.
+            UserError: if a name is not known, or a size is none that a machine could have.
         """
+        _expect_possible(batch=self.batch, length=self.length)
         shape = replace(shape, batch=self.batch or shape.batch, length=self.length or shape.length)
         if self.recompute is not None:
             asked = [] if self.recompute == "none" else [name.strip() for name in self.recompute.split(",")]
@@ -263,6 +274,7 @@ def run_bench_decode(
     Raises:
         UserError: if a model, length, dtype or device is not known or not there.
     """
+    _expect_possible(batch=batch, steps=steps)
     place = choose_device(device)
     check(outputs)
     tiny = place.type != "cuda" if small is None else small

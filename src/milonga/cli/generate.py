@@ -10,8 +10,7 @@ from milonga.errors import UserError
 from milonga.files import check_target
 from milonga.inference import Generation, LanguageModel, Sampling, Session, load
 
-# Bytes of a prompt that are fed at once: few, so that progress comes soon, and whole pieces of a session.
-_BLOCK = 1 << 12
+_BLOCK = 1 << 16
 
 
 def run_generate(
@@ -150,9 +149,12 @@ def _read(lm: LanguageModel, session: Session, prompt: Iterator[bytes]) -> bytes
     read, last = 0, b""
     with console.late_progress("reading", unit="bytes") as bar:
         for part in lm.codec.cut(prompt, _BLOCK):
-            session.feed(part)
+
+            def show(done: int, before: int = read) -> None:
+                bar.update(before + done)
+
+            session.feed(part, progress=show)
             read, last = read + len(part), (last + part)[-CONTEXT:]
-            bar.update(read)
     return last
 
 
