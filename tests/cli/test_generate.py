@@ -132,7 +132,8 @@ def test_a_long_text_in_json_shows_how_far_it_is(model, capsys, monkeypatch):
     generate(model, count=150, json_=True)
     done = capsys.readouterr()
     assert json.loads(done.out)["bytes"] == 150
-    assert "writing: 150/150 bytes" in done.err
+    assert re.search(r"^writing: (\d|\d\d|1[0-4]\d)/150 bytes$", done.err, re.MULTILINE)  # at once, not 10 s later
+    assert done.err.endswith("writing: 150/150 bytes\n")
 
 
 @pytest.mark.parametrize(

@@ -240,7 +240,8 @@ def bench_train(
                 raise
             if len(shapes) == 1:
                 raise UserError(
-                    f"{shape.name}: out of memory at batch {shape.batch} x {shape.length}; give a smaller --batch or --length"
+                    f"{shape.name}: out of memory at batch {shape.batch} x {shape.length}; "
+                    "give a smaller --batch or --length"
                 ) from error
             notes.append(f"{shape.name} was left out: out of memory at batch {shape.batch} x {shape.length}")
         if peers:

@@ -131,6 +131,10 @@ class Bar:
         elif time.monotonic() - self._said >= LINE_EVERY:
             self._line()
 
+    def overdue(self) -> None:
+        """Off a terminal the next update is a line at once."""
+        self._said -= LINE_EVERY
+
     def expect(self, total: float) -> None:
         """How much there is in all, where that becomes known only now."""
         self.total = total
@@ -180,6 +184,7 @@ class LateBar:
             if time.monotonic() - self._began < AFTER:
                 return
             self._bar = Bar(self._what, self._total, self._unit, done).__enter__()
+            self._bar.overdue()
         self._bar.update(done, note)
 
     def __exit__(
