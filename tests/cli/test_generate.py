@@ -3,6 +3,7 @@
 import io
 import json
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -181,9 +182,25 @@ def test_a_terminal_gets_no_control_characters(model, tmp_path):
     settings = ["--prompt", "once", "--bytes", "200", "--temperature", "3"]
     code, shown = milonga_on_a_terminal("generate", model, *settings, folder=tmp_path)
     assert code == 0
-    assert not re.search(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]", shown.decode())
     kept = "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
-    assert shown.decode().replace("\r\n", "\n") == kept + "\n"
+    written, dim, standing = shown.decode().replace("\r\n", "\n").rpartition("\x1b[2m")
+    assert written == kept + "\n"
+    assert dim and re.match(r"\[204 bytes, [0-9,.]+ bytes/s, state [0-9.]+ [KMG]iB\]", standing)
+
+
+def test_what_is_interrupted_is_saved(model, tmp_path):
+    """All that was shown, and nothing else, is what the saved session has read."""
+    path = tmp_path / "kept.state"
+    command = [str(Path(sys.executable).parent / "milonga"), "generate", model, "--prompt", "once", "--bytes", "999999"]
+    with subprocess.Popen([*command, "--save", path], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        shown = process.stdout.read(200)
+        process.send_signal(signal.SIGINT)
+        shown += process.stdout.read()
+        assert process.wait(timeout=60) == 130
+    session = load(model, device="cpu").session(path)
+    text = expected(model, b"once", session.position - 4, temperature=0.8)
+    assert text.startswith(shown.decode()) and len(text.encode()) - len(shown) < 8
 
 
 def test_without_a_prompt_the_text_begins_after_a_line_break(model, capsys):

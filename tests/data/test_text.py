@@ -96,3 +96,9 @@ def test_no_piece_splits_a_character(text: str):
 def test_pending_is_only_the_beginning_of_a_character(pending: bytes):
     with pytest.raises(ValueError, match="beginning of one UTF-8 character"):
         Utf8Stream(pending)
+
+
+@pytest.mark.parametrize("wrong", [3, 2.5, None])
+def test_what_is_no_text_is_named(wrong):
+    with pytest.raises(UserError, match=rf"text: bytes must be str, bytes or .* got {type(wrong).__name__}"):
+        ByteCodec().encode(wrong)

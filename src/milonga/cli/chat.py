@@ -10,8 +10,6 @@ import time
 from collections import deque
 from collections.abc import Callable
 
-from rich.text import Text
-
 from milonga.cli import console
 from milonga.cli.generate import warm_up
 from milonga.cli.sampling_options import end_at
@@ -125,11 +123,8 @@ class Chat:
     def status(self) -> None:
         """One line: where the session stands, how fast it wrote, what it holds."""
         session = self._branch.session
-        rate = f"{console.count(self.rate)} bytes/s" if self.rate == self.rate else "nothing written"
-        parts = [f"{console.count(session.bytes_read)} bytes", rate, f"state {console.size(session.nbytes)}"]
-        if len(self._branches) > 1:
-            parts.insert(0, self._name)
-        console.stderr.print(Text("[" + ", ".join(parts) + "]", style="dim"), soft_wrap=True)
+        name = self._name if len(self._branches) > 1 else None
+        console.standing(session.bytes_read, self.rate, session.nbytes, name)
 
     def _save(self, argument: str) -> None:
         path = _needed(argument, "/save FILE")

@@ -46,6 +46,13 @@ def say(line: str) -> None:
     stderr.print(Text(line))
 
 
+def standing(bytes_read: int, rate: float, nbytes: int, name: str | None = None) -> None:
+    """A line on stderr: a session's name if given, where it stands, its rate (NaN: nothing written), what it holds."""
+    written = f"{count(rate)} bytes/s" if rate == rate else "nothing written"
+    parts = [*([] if name is None else [name]), f"{count(bytes_read)} bytes", written, f"state {size(nbytes)}"]
+    stderr.print(Text("[" + ", ".join(parts) + "]", style="dim"), soft_wrap=True)
+
+
 def harmless(text: str) -> str:
     """What a model wrote, for a terminal: U+FFFD for controls, which could move its cursor or change its settings."""
     return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)

@@ -26,8 +26,8 @@ def run_generate(
     logprobs: int | None = None,
     speculation: Speculation | None = None,
 ) -> int:
-    """Feed the prompt and write what follows: the text alone (on a terminal without control characters), or one JSON
-    object.
+    """Feed the prompt and write what follows: the text alone (on a terminal without control characters, and a line on
+    where the session stands), or one JSON object. Interrupted, it saves what it wrote.
 
     A prompt of `-` is read from stdin, any bytes of any length; without a prompt a fresh text begins after a line
     break.
@@ -63,16 +63,21 @@ def run_generate(
         generation = session.generate(bytes_, sampling, logprobs=logprobs)
     else:
         generation = decoder.generate(session, bytes_, sampling, context=context)
-    if json_:
-        text = _whole(generation, bytes_)
-        facts = _facts(session, generation, text, read)
-        if decoder is not None:
-            facts["speculation"] = speculation_facts(decoder)
-        console.print_json(facts)
-    else:
-        _stream(_ending(generation, bytes_))
-    if save is not None:
-        session.save(save)
+    try:
+        if json_:
+            text = _whole(generation, bytes_)
+            facts = _facts(session, generation, text, read)
+            if decoder is not None:
+                facts["speculation"] = speculation_facts(decoder)
+            console.print_json(facts)
+        else:
+            _stream(_ending(generation, bytes_))
+            if sys.stdout.isatty() and sys.stderr.isatty():
+                console.standing(session.bytes_read, generation.bytes_per_second, session.nbytes)
+    finally:  # where it is interrupted too, what was written is kept
+        generation.close()
+        if save is not None:
+            session.save(save)
     return 0
 
 

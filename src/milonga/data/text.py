@@ -166,6 +166,8 @@ def checked_ids(ids: Ids, vocab_size: int, dtype: np.dtype, what: str) -> np.nda
     if isinstance(ids, torch.Tensor):
         values = ids.detach().cpu().numpy()
     else:
+        if not isinstance(ids, Iterable):
+            raise UserError(f"{what} must be str, bytes or a one-dimensional array [T], got {type(ids).__name__}")
         values = ids if isinstance(ids, np.ndarray) else np.asarray(list(ids))
     if values.size == 0 and values.ndim == 1:
         return np.empty(0, dtype)
