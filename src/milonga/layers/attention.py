@@ -111,7 +111,7 @@ class AttentionTrace(NamedTuple):
 
     k: Float[Tensor, "B T G K"]
     v: Float[Tensor, "B T G K"]
-    columns: Float[Tensor, "B T F"]  # inputs of the short convolution
+    columns: Float[Tensor, "B T F"]  # inputs of the short convolution; without one of any width
     segments: Segments | None
 
 
@@ -242,7 +242,9 @@ class Attention(Layer):
         else:
             state = self._with_room(state, state.position + kept)
         k, v = (_write_ring(r, n, state.position, kept, starts) for r, n in ((state.k, trace.k), (state.v, trace.v)))
-        conv = last_columns(state.conv, trace.columns, steps, trace.segments)
+        conv = state.conv
+        if self.config.short_conv:
+            conv = last_columns(conv, trace.columns, steps, trace.segments)
         return AttentionState(k, v, state.position + kept, conv)
 
     def _with_room(self, state: AttentionState, ends: Tensor) -> AttentionState:
@@ -274,7 +276,8 @@ class Attention(Layer):
                 raise ValueError(f"attention: the buffer holds {slots} steps, {needed} are to be kept: resize it first")
         for ring, new in ((state.k, trace.k), (state.v, trace.v)):
             _write_ring_(ring, new, state.position, kept)
-        last_columns_(state.conv, trace.columns, kept)
+        if self.config.short_conv:
+            last_columns_(state.conv, trace.columns, kept)
         state.position.add_(kept)
 
     def step_(self, x: Float[Tensor, "B 1 D"], state: AttentionState, norm: nn.Module) -> Float[Tensor, "B 1 D"]:
