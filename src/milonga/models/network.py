@@ -77,10 +77,10 @@ class Sublayer(nn.Module):
         keep_state: bool,
         traced: bool,
         last: bool = False,
-    ) -> tuple[Float[Tensor, "B T D"], Float[Tensor, "B T D"], State | None, Trace | None]:
+    ) -> tuple[Float[Tensor, "B L D"], Float[Tensor, "B L D"], State | None, Trace | None]:
         """-> (`x + branch`, what the layer adds to it, the next state unless not wanted, the trace if wanted).
 
-        With `last` the first two are `last_steps` of these.
+        L is T; with `last` the first two are `last_steps` of these.
         """
         if branch is None:
             y = self.norm(x)
