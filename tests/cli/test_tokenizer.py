@@ -95,6 +95,7 @@ def test_a_run_of_subwords_is_scored_and_goes_on(server, made, tmp_path):
     [
         (["train", "--data", "texts", "--out", "mine.json"], "mine.json: exists already"),
         (["train", "--data", "texts", "--out", "x.json", "--vocab-size", "256"], "must have 257 to"),
+        (["train", "--data", "nowhere", "--out", "x.json", "--vocab-size", "10"], "must have 257 to"),
         (["train", "--data", "texts", "--out", "x.json", "--vocab-size", "9999"], "ask for fewer, or give more text"),
         (["train", "--data", "nowhere", "--out", "x.json"], "nowhere does not exist"),
         (["train", "--data", "texts"], "Missing option '--out'"),

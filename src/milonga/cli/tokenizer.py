@@ -10,7 +10,7 @@ import numpy as np
 
 from milonga.cli import console
 from milonga.data.bpe import BpeCodec, load_tokenizer
-from milonga.data.bpe_training import train_bpe
+from milonga.data.bpe_training import check_vocab_size, train_bpe
 from milonga.data.config import DataConfig
 from milonga.data.corpus import Corpus
 from milonga.data.prepare import prepare
@@ -33,6 +33,7 @@ def run_tokenizer_train(
     Raises:
         UserError: as `train_bpe` and `prepare`, and if `out` exists or cannot be written.
     """
+    check_vocab_size(vocab_size)
     path = Path(out)
     if path.exists():
         raise UserError(f"{out}: exists already; choose another name with --out, or remove it")

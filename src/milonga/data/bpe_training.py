@@ -11,6 +11,16 @@ LONGEST_TOKEN = 32
 _PART = 1 << 16
 
 
+def check_vocab_size(vocab_size: int) -> None:
+    """Before any text is read.
+
+    Raises:
+        UserError: if no tokenizer of so many tokens can be learned.
+    """
+    if not 257 <= vocab_size <= 1 << 20:
+        raise UserError(f"tokenizer: the vocabulary must have 257 to {1 << 20} tokens, got {vocab_size}")
+
+
 def train_bpe(
     documents: Iterable[Iterable[bytes]], vocab_size: int, *, progress: Callable[[int], None] | None = None
 ) -> BpeCodec:
@@ -27,8 +37,7 @@ def train_bpe(
         UserError: if `vocab_size` is out of range, the text has too few pairs that occur twice, or `tokenizers` is not
             installed.
     """
-    if not 257 <= vocab_size <= 1 << 20:
-        raise UserError(f"tokenizer: the vocabulary must have 257 to {1 << 20} tokens, got {vocab_size}")
+    check_vocab_size(vocab_size)
     package = tokenizers_package()
     blank = {"type": "BPE", "vocab": {}, "merges": []}
     tokenizer = package.Tokenizer.from_str(
