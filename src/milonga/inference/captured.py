@@ -62,7 +62,9 @@ class Replay(Generic[Result]):
             finally:
                 here.wait_stream(stream)
             graph = torch.cuda.CUDAGraph()
-            with captured_into(graph, collect=False):  # small, and many: collecting takes longer than capturing
+            # collecting takes longer than capturing, and pays where buffers that nobody holds may be in the way
+            free, whole = torch.cuda.mem_get_info(self._device)
+            with captured_into(graph, collect=free < whole // 2):
                 self._result = self._work()
         self._graph = graph
 
