@@ -7,7 +7,6 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from milonga.layers.base import Trace
-from milonga.layers.linear import products
 from milonga.layers.norm import norm_of
 from milonga.models.network import Network, NetworkState, Sublayer
 from milonga.ops.decode_step import has_step_kernels, linear_step
@@ -60,7 +59,7 @@ def commit_side_by_side(
 
 
 def _scores(network: Network, x: Float[Tensor, "B T D"]) -> Float[Tensor, "B T V"]:
-    norm = norm_of(network.norm) if products(network.head) else None
+    norm = norm_of(network.norm, network.head)
     if norm is not None and (x.shape[1] == 1 or x.shape[0] * x.shape[1] <= MOST_ROWS) and has_step_kernels(x):
         rows = linear_step(x.flatten(0, 1), network.head.weight, norm=norm, dtype=torch.float32)
         return rows.view(*x.shape[:2], -1)

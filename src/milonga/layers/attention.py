@@ -18,7 +18,7 @@ from milonga.layers.base import (
     last_columns_,
     write_,
 )
-from milonga.layers.linear import Linear, in_parts, products, separable
+from milonga.layers.linear import Linear, in_parts, separable
 from milonga.layers.norm import norm_of
 from milonga.layers.recompute import cheap
 from milonga.ops.causal_conv import causal_conv
@@ -282,7 +282,7 @@ class Attention(Layer):
 
     def step_(self, x: Float[Tensor, "B 1 D"], state: AttentionState, norm: nn.Module) -> Float[Tensor, "B 1 D"]:
         """As `Layer.step_`; on a GPU with the products of `linear_step`, and one slot written by `ring_write_`."""
-        before = norm_of(norm) if products(self.qkv_proj, self.out_proj) else None
+        before = norm_of(norm, self.qkv_proj, self.out_proj)
         if before is None or self.config.short_conv or not has_step_kernels(x):
             return super().step_(x, state, norm)
         rows = x[:, 0].contiguous()
@@ -301,7 +301,7 @@ class Attention(Layer):
         self, x: Float[Tensor, "B T D"], state: AttentionState, norm: nn.Module
     ) -> tuple[Float[Tensor, "B T D"], AttentionTrace]:
         """As `Layer.read_piece`; on a GPU with the products of `linear_step`."""
-        before = norm_of(norm) if products(self.qkv_proj, self.out_proj) else None
+        before = norm_of(norm, self.qkv_proj, self.out_proj)
         if before is None or self.config.short_conv or not has_piece_kernels(x):
             return super().read_piece(x, state, norm)
         rows = x.flatten(0, 1).contiguous()

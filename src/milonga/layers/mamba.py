@@ -361,8 +361,9 @@ class Mamba(Layer):
 
     def _kernel_norm(self, norm: nn.Module) -> Norm | None:
         """The norm as the kernels on a GPU take it; None if they cannot stand for this layer behind it."""
-        plain = self.inner % 16 == 0 and products(self.in_proj, self.x_proj, self.dt_proj, self.out_proj)
-        return norm_of(norm) if plain else None
+        if self.inner % 16:
+            return None
+        return norm_of(norm, self.in_proj, self.x_proj, self.dt_proj, self.out_proj)
 
     def _kernel_weights(self) -> MambaWeights:
         scan = self.scan

@@ -7,6 +7,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from milonga.layers.base import KeepFp32, bare
+from milonga.layers.linear import products
 from milonga.ops.decode_step import Norm
 from milonga.ops.layer_norm import layer_norm
 from milonga.ops.rms_norm import rms_norm
@@ -55,9 +56,11 @@ class LayerNorm(KeepFp32):
         return layer_norm(first, self.weight, self.bias, eps=self.eps, residual=residual, dtype=_wanted(x))
 
 
-def norm_of(module: nn.Module) -> Norm | None:
-    """The norm as the kernels of a decoded step take it; None for a module that is no norm of this library, or is
-    looked at by a hook."""
+def norm_of(module: nn.Module, *projections: nn.Module) -> Norm | None:
+    """The norm as the kernels of a decoded step take it, and with it these projections behind it; None for a module
+    that is no norm of this library or is looked at by a hook, and where a projection is more than a product."""
+    if not products(*projections):
+        return None
     if isinstance(module, RMSNorm) and bare(module, RMSNorm):
         return Norm(module.weight, None, module.eps)
     if isinstance(module, LayerNorm) and bare(module, LayerNorm):

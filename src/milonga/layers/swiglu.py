@@ -8,7 +8,7 @@ from pydantic import PositiveInt
 from torch import Tensor, nn
 
 from milonga.layers.base import Keep, Layer, LayerConfig
-from milonga.layers.linear import Linear, products
+from milonga.layers.linear import Linear
 from milonga.layers.norm import norm_of
 from milonga.layers.recompute import cheap
 from milonga.ops.decode_step import has_step_kernels, swiglu_step
@@ -71,7 +71,7 @@ class SwiGLU(Layer):
 
     def step_(self, x: Float[Tensor, "B 1 D"], state: NoState, norm: nn.Module) -> Float[Tensor, "B 1 D"]:
         """As `Layer.step_`; on a GPU the three kernels of `swiglu_step`."""
-        before = norm_of(norm) if products(self.gate_up, self.down) else None
+        before = norm_of(norm, self.gate_up, self.down)
         if before is None or not has_step_kernels(x):
             return super().step_(x, state, norm)
         return swiglu_step(x[:, 0].contiguous(), before, self.gate_up.weight, self.down.weight)[:, None]
@@ -80,12 +80,11 @@ class SwiGLU(Layer):
         self, x: Float[Tensor, "B T D"], state: NoState, norm: nn.Module
     ) -> tuple[Float[Tensor, "B T D"], NoState]:
         """As `Layer.read_piece`; on a GPU as so many rows of a step."""
-        before = norm_of(norm) if products(self.gate_up, self.down) else None
+        before = norm_of(norm, self.gate_up, self.down)
         if before is None or not has_piece_kernels(x):
             return super().read_piece(x, state, norm)
-        return swiglu_step(x.flatten(0, 1).contiguous(), before, self.gate_up.weight, self.down.weight).view(
-            x.shape
-        ), NoState()
+        rows = x.flatten(0, 1).contiguous()
+        return swiglu_step(rows, before, self.gate_up.weight, self.down.weight).view(x.shape), NoState()
 
     def init_state(
         self, batch: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
