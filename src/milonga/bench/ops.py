@@ -310,9 +310,7 @@ def _with_floors(rows: list[OpRow], ceilings: Ceilings, dtype: torch.dtype) -> l
 def _built(op: Op, letters: Letters, device: torch.device, dtype: torch.dtype) -> Case:
     try:
         return op.build(letters, device, dtype)
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        raise UserError(f"--shape: inputs of {op.name} {shape_text(letters)} do not fit into memory") from error
-    except RuntimeError as error:
+    except (MemoryError, RuntimeError) as error:
         if not no_room(error):
             raise
         raise UserError(f"--shape: inputs of {op.name} {shape_text(letters)} do not fit into memory") from error

@@ -3,6 +3,7 @@
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -12,7 +13,7 @@ from milonga.bench.ceilings import Ceilings
 from milonga.bench.models import TrainingShape, product_flops
 from milonga.bench.peers import one_line, peer_models
 from milonga.bench.result import BenchResult, Progress, silent
-from milonga.bench.study import forget, no_room
+from milonga.bench.study import attempt, forget
 from milonga.bench.timing import synchronize
 from milonga.bench.train_rows import OURS, Precision, TrainRow, figures_of, plots, table
 from milonga.data.windows import Batch
@@ -233,17 +234,15 @@ def bench_train(
         def ours(shape: TrainingShape = shape) -> Made:
             return step_of(shape, device, precision, compile_, capture)
 
-        try:
-            rows.append(_row(shape, OURS, ours, precision, compile_, budget, ceilings, say))
-        except (MemoryError, RuntimeError) as error:
-            if not no_room(error):
-                raise
-            if len(shapes) == 1:
-                raise UserError(
-                    f"{shape.name}: out of memory at batch {shape.batch} x {shape.length}; "
-                    "give a smaller --batch or --length"
-                ) from error
-            notes.append(f"{shape.name} was left out: out of memory at batch {shape.batch} x {shape.length}")
+        own = attempt(partial(_row, shape, OURS, ours, precision, compile_, budget, ceilings, say))
+        if isinstance(own, TrainRow):
+            rows.append(own)
+        elif len(shapes) == 1:
+            raise UserError(
+                f"{shape.name}: {own} at batch {shape.batch} x {shape.length}; give a smaller --batch or --length"
+            )
+        else:
+            notes.append(f"{shape.name} was left out: {own} at batch {shape.batch} x {shape.length}")
         if peers:
             beside, reasons = _peer_rows(shape, precision, budget, ceilings, say)
             rows += beside
