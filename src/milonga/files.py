@@ -68,8 +68,8 @@ def check_target(path: str | os.PathLike[str]) -> None:
     Raises:
         UserError: if `path` is a folder or no name of a file, or its folder is missing or may not be written to.
     """
-    _check_name(Path(path))
     target = Path(path)
+    _check_name(target)
     with disk_errors(target):
         if target.is_dir():
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))

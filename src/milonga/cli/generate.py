@@ -1,7 +1,7 @@
 """`milonga generate`: a continuation of a prompt, on stdout as it is written."""
 
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
 from milonga.cli import console
 from milonga.cli.sampling_options import end_at
@@ -71,9 +71,7 @@ def run_generate(
                 facts["speculation"] = speculation_facts(decoder)
             console.print_json(facts)
         else:
-            _stream(_ending(generation, bytes_))
-            if sys.stdout.isatty() and sys.stderr.isatty():
-                console.standing(session.bytes_read, generation.bytes_per_second, session.nbytes)
+            _stream(session, generation, bytes_)
     finally:  # where it is interrupted too, what was written is kept
         generation.close()
         if save is not None:
@@ -100,13 +98,16 @@ def warm_up(lm: LanguageModel) -> None:
         bar.update(2)
 
 
-def _stream(pieces: Iterable[str]) -> None:
+def _stream(session: Session, generation: Generation[str], bytes_: int) -> None:
+    """As it is written; on a terminal with a line on where the session stands then."""
     terminal = sys.stdout.isatty()
-    for piece in pieces:
+    for piece in _ending(generation, bytes_):
         sys.stdout.write(console.harmless(piece) if terminal else piece)
         sys.stdout.flush()
     if terminal:
         sys.stdout.write("\n")
+        if sys.stderr.isatty():
+            console.standing(session.bytes_read, generation.bytes_per_second, session.nbytes)
 
 
 def _whole(generation: Generation[str], bytes_: int) -> str:
