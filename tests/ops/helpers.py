@@ -1,6 +1,7 @@
 """What every op's test does: compare outputs and all gradients with the reference in float64."""
 
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -69,3 +70,13 @@ def assert_matches(
         assert relative_rms(got, expected) <= bound, (
             f"gradient of input {index}: {relative_rms(got, expected):.2e} > {bound:.0e}"
         )
+
+
+def assert_only_the_gradients_asked_for(op: Callable[..., Any], inputs: dict[str, Tensor]) -> None:
+    """The gradient of `out` by one input alone is, to the last bit, that beside all others."""
+    leaves = {name: value.clone().requires_grad_() for name, value in inputs.items()}
+    everything = torch.autograd.grad(op(**leaves).out.square().sum(), list(leaves.values()))
+    for name, expected in zip(inputs, everything, strict=True):
+        leaf = inputs[name].clone().requires_grad_()
+        op(**{**inputs, name: leaf}).out.square().sum().backward()
+        assert torch.equal(leaf.grad, expected), name

@@ -14,7 +14,7 @@ from milonga.ops.linear import linear
 from milonga.ops.mamba_mixer import ERROR_BOUND, Mixed, mamba_mixer, takes
 from milonga.ops.selective_scan import selective_scan
 from milonga.segments import Segments
-from tests.ops.helpers import assert_matches, outputs_and_gradients, relative_rms
+from tests.ops.helpers import assert_matches, assert_only_the_gradients_asked_for, outputs_and_gradients, relative_rms
 
 NAMES = (
     "x", "in_weight", "conv_weight", "conv_bias", "x_weight", "dt_weight", "A", "out_weight", "D", "dt_bias",
@@ -139,12 +139,7 @@ def test_each_output_alone_has_gradients(output: str) -> None:
 
 def test_only_the_gradients_asked_for() -> None:
     inputs = make(2, 20, 6, 18, 3, 4)
-    leaves = {name: value.clone().requires_grad_() for name, value in inputs.items()}
-    everything = torch.autograd.grad(mamba_mixer(**leaves).out.square().sum(), list(leaves.values()))
-    for name, expected in zip(inputs, everything, strict=True):
-        leaf = inputs[name].clone().requires_grad_()
-        mamba_mixer(**{**inputs, name: leaf}).out.square().sum().backward()
-        assert torch.equal(leaf.grad, expected), name
+    assert_only_the_gradients_asked_for(mamba_mixer, inputs)
 
 
 @pytest.mark.parametrize("recast", [False, True])

@@ -12,7 +12,7 @@ from milonga.ops.linear import linear
 from milonga.ops.projected_scan import ERROR_BOUND, Projected, projected_scan
 from milonga.ops.selective_scan import selective_scan
 from milonga.segments import Segments
-from tests.ops.helpers import assert_matches, outputs_and_gradients, relative_rms
+from tests.ops.helpers import assert_matches, assert_only_the_gradients_asked_for, outputs_and_gradients, relative_rms
 
 NAMES = ("u", "z", "x_weight", "dt_weight", "A", "out_weight", "D", "dt_bias", "initial")
 OPTIONAL = NAMES[6:]
@@ -136,12 +136,7 @@ def test_each_output_alone_has_gradients(output: str) -> None:
 
 def test_only_the_gradients_asked_for() -> None:
     inputs = make(2, 20, 18, 3, 4, 6)
-    leaves = {name: value.clone().requires_grad_() for name, value in inputs.items()}
-    everything = torch.autograd.grad(projected_scan(**leaves).out.square().sum(), list(leaves.values()))
-    for name, expected in zip(inputs, everything, strict=True):
-        leaf = inputs[name].clone().requires_grad_()
-        projected_scan(**{**inputs, name: leaf}).out.square().sum().backward()
-        assert torch.equal(leaf.grad, expected), name
+    assert_only_the_gradients_asked_for(projected_scan, inputs)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

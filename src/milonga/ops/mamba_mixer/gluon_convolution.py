@@ -10,7 +10,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 
-from milonga.ops.selective_scan.gluon_common import sigmoid, wide
+from milonga.ops.selective_scan.gluon_common import PLAIN, sigmoid, wide
 
 CHANNELS = gl.constexpr(128)
 HALF = gl.constexpr(64)
@@ -28,7 +28,6 @@ NARROW = gl.constexpr(gl.BlockedLayout([1, 8], [8, 4], [4, 1], [1, 0]))
 WEIGHT = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0]))
 NARROW_SHARED = gl.constexpr(gl.SwizzledSharedLayout(8, 2, 4, [1, 0]))
 WEIGHT_SHARED = gl.constexpr(gl.SwizzledSharedLayout(8, 1, 8, [1, 0]))
-PLAIN = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
 PLAIN_3 = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [2, 1, 0]))
 
 
