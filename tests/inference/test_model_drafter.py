@@ -115,6 +115,16 @@ def test_a_stream_that_went_on_is_one_that_begins_there(limit):
     assert max(map(len, stream._tails)) < 64
 
 
+@pytest.mark.parametrize("start", [b"ab ", b" abc", b""], ids=["behind a word", "in a word", "none"])
+def test_a_word_without_end_leaves_few_tokens_open(start):
+    """Where no white space comes any more, the tokens that every round reads again do not grow with the text."""
+    stream = ModelDrafter(model()).start([start])
+    for turn in range(40):
+        assert len(stream.tail_ids()[0]) < 64, turn
+        stream.draft(3, 0.9, dice_of(1, turn))
+        stream.extend([b"c d" if turn == 0 else b"xyz" * 3])
+
+
 def test_greedy_drafts_are_the_likeliest_tokens():
     lm = model()
     text = b"cab"

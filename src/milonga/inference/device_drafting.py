@@ -96,7 +96,7 @@ def vocabulary_of(drafter: ModelDrafter) -> Vocabulary:
 
 
 class DeviceDrafter:
-    """Static buffers in which a `ModelDrafter` drafts for B rows.
+    """Static buffers in which a `ModelDrafter` drafts for B rows. As `DeviceVerifier`, called in inference mode.
 
     Args:
         drafter: its network's state must not grow.
@@ -170,7 +170,6 @@ class DeviceDrafter:
             self._stream.move(self._base, self._behind)
         self._stream = None
 
-    @torch.no_grad()
     def draft(
         self,
         plans: Sequence[tuple[int, int]],
@@ -196,8 +195,7 @@ class DeviceDrafter:
         for row, (tail, (tokens, limit), position, numbers) in enumerate(
             zip(tails, plans, positions, uniforms, strict=True)
         ):
-            host["tail"][row, : len(tail)] = tail
-            host["tail"][row, len(tail) : width] = 0
+            host["tail"][row, :width] = tail + [0] * (width - len(tail))
             host["length"][row], host["settled"][row] = len(tail), settled[row]
             host["limit"][row], host["tokens"][row] = limit, tokens
             host["last"][row] = self._ending(tail)
@@ -214,7 +212,6 @@ class DeviceDrafter:
         self._last = None
         self.drafted.count.zero_()
 
-    @torch.no_grad()
     def settle(self) -> None:
         """Move the stream's state on behind tokens that will not be cut anew, if there are enough of them."""
         if self._stream is None or self._last is None:

@@ -198,6 +198,9 @@ class DeviceRows(SpeculativeRows):
         return written
 
     def _come_in(self, longest: int) -> DeviceVerifier:
+        verifier = self._verifier
+        if verifier is not None and longest <= self._room and self._state is verifier.state:
+            return verifier  # nobody has come between
         self._room = max(self._room, longest)  # a text near its end stays where it is
         verifier, self._drafter = self._buffers.take(self, self._mode == "greedy", self._room)
         if self._state is not verifier.state:  # after a byte that single steps decided
@@ -210,7 +213,8 @@ class DeviceRows(SpeculativeRows):
         """Draft and verify, and wait for it: -> what tells the seconds of the draft."""
         drafts, began = None, time.perf_counter()
         samplers, uniforms = [row.sampler for row in self._rows], [row.uniforms for row in self._rows]
-        self._mark(0)
+        mark = self._marking()
+        mark(0)
         temperature, longest = samplers[0].sampling.temperature, max(plan.bytes for plan in plans)
         if isinstance(self._stream, ModelStream):
             assert self._drafter is not None
@@ -225,11 +229,12 @@ class DeviceRows(SpeculativeRows):
             drafts = [draft.text[: plan.bytes] for draft, plan in zip(found, plans, strict=True)]
         else:
             drafts = [b""] * len(plans)
-        self._mark(1)
+        mark(1)
         drafted = time.perf_counter()
         lasts, active = [row.last or 0 for row in self._rows], [row.left > 0 for row in self._rows]
         verifier.verify(longest, self._mode, lasts, active, samplers, uniforms, drafts)
-        self._mark(2)
+        mark(2)
+        verifier.move()
         if self._drafter is not None:
             self._drafter.settle()
         if self._times is None:
@@ -238,6 +243,9 @@ class DeviceRows(SpeculativeRows):
         last.synchronize()
         return lambda: first.elapsed_time(second) / 1e3
 
-    def _mark(self, number: int) -> None:
-        if self._times is not None:
-            self._times[number].record(torch.cuda.current_stream(self._device))
+    def _marking(self) -> Callable[[int], None]:
+        """-> what notes a time of a round, of 0 to 2, where the device comes to it."""
+        if self._times is None:
+            return lambda number: None
+        times, stream = self._times, torch.cuda.current_stream(self._device)
+        return lambda number: times[number].record(stream)

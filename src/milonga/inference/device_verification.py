@@ -49,6 +49,8 @@ class Verdict(NamedTuple):
 class DeviceVerifier:
     """Static buffers in which a byte model verifies drafts of B rows and moves behind what stood.
 
+    Rounds call it in inference mode: an entry to that for each call would take as long as what is called.
+
     Args:
         network: its state must not grow.
         rows: B.
@@ -91,6 +93,7 @@ class DeviceVerifier:
         self._answer = torch.zeros(rows, limit + 5, dtype=torch.int64, pin_memory=cuda)
         self._streams = [torch.cuda.Stream(self._device) for _ in range(STREAMS)] if cuda else []
         self._passes: dict[tuple[int, Mode], Replay[tuple[Trace, ...]]] = {}
+        self._moves: dict[tuple[int, Mode], Replay[None]] = {}
         self._again: dict[tuple[int, Mode], Replay[None]] = {}
         self._last: tuple[tuple[int, Mode], tuple[Trace, ...]] | None = None
         self._moved = False
@@ -98,6 +101,7 @@ class DeviceVerifier:
     def free(self) -> None:
         """Let go of the graphs, which hold this verifier: with the last reference to it its memory is free."""
         self._passes.clear()
+        self._moves.clear()
         self._again.clear()
         self._last = None
 
@@ -107,7 +111,6 @@ class DeviceVerifier:
         copy_state(self.state, state)
         self._moved = False
 
-    @torch.no_grad()
     def verify(
         self,
         longest: int,
@@ -118,7 +121,7 @@ class DeviceVerifier:
         uniforms: Sequence[Uniforms],
         drafts: Sequence[bytes] | None = None,
     ) -> None:
-        """Begin to read the last byte and the draft of every row, decide, and move on.
+        """Begin to read the last byte and the draft of every row, and to decide; `move` moves on.
 
         Args:
             longest: bytes of a draft at most, this time.
@@ -145,12 +148,27 @@ class DeviceVerifier:
         self._mail.send()
         key = length, mode
         if key not in self._passes:
-            changed = [*tensors_of(self.state), *tensors_of(self._before), *self._verdicts]
-            work = self._passing(length, mode)
-            self._passes[key] = Replay(work, self._device, preserving(work, lambda: changed))
+            self._passes[key] = Replay(self._passing(length, mode), self._device)
         self._last = key, self._passes[key]()
-        self._moved = True
         self._answer.copy_(self._verdicts.result, non_blocking=True)
+
+    def move(self) -> None:
+        """Begin to move behind what stands. Apart from `verify`: the host need not wait for it to see the verdicts."""
+        assert self._last is not None
+        key, trace = self._last
+
+        def work() -> None:
+            copy_state(self._before, self.state)
+            commit_side_by_side(self.network, self.state, trace, self._verdicts.keep, self._streams)
+
+        if self._device.type == "cuda":
+            if key not in self._moves:
+                changed = [*tensors_of(self.state), *tensors_of(self._before)]
+                self._moves[key] = Replay(work, self._device, preserving(work, lambda: changed))
+            self._moves[key]()
+        else:  # without a graph the trace is another one each time
+            work()
+        self._moved = True
 
     def stay(self) -> None:
         """What was passed so far stands: `undo` does not go back behind it."""
@@ -164,14 +182,12 @@ class DeviceVerifier:
             found.append(Verdict(bytes(numbers[5 : 5 + count]), accepted, None if undecided else byte, bool(broken)))
         return found
 
-    @torch.no_grad()
     def undo(self) -> None:
         """Go back to before the last pass, if there was one since `load` or `stay`."""
         if self._moved:
             copy_state(self.state, self._before)
             self._moved = False
 
-    @torch.no_grad()
     def keep(self, counts: Sequence[int]) -> None:
         """Stand behind the first `counts[b]` bytes of the last piece instead."""
         assert self._last is not None and self._moved
@@ -190,15 +206,13 @@ class DeviceVerifier:
             work()
 
     def _passing(self, length: int, mode: Mode) -> Callable[[], tuple[Trace, ...]]:
-        """One pass over `length` bytes of each row: -> its trace."""
+        """One pass over `length` bytes of each row, and its verdicts: -> its trace. The state stays."""
         mail, text = self._mail.device, self._text[:, : length - 1]
 
         def work() -> tuple[Trace, ...]:
-            copy_state(self._before, self.state)
             fed = torch.cat([mail["last"], text], 1)
             logits, trace = read_piece(self.network, fed, self.state)
             self._decide(logits, text, mode)
-            commit_side_by_side(self.network, self.state, trace, self._verdicts.keep, self._streams)
             return trace
 
         return work

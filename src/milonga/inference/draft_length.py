@@ -56,11 +56,20 @@ class AdaptiveDraft:
 
     def tokens(self, acceptance: float, token_bytes: float) -> int:
         """The best number of tokens, where each byte stands with this chance and tokens have so many bytes."""
-        rates = [
-            expected_bytes(acceptance, count * token_bytes) / (self.round + count * self.token)
-            for count in range(1, self.longest + 1)
-        ]
-        return rates.index(max(rates)) + 1
+        if acceptance >= 1:
+            rates = [
+                expected_bytes(1.0, count * token_bytes) / (self.round + count * self.token)
+                for count in range(1, self.longest + 1)
+            ]
+            return rates.index(max(rates)) + 1
+        # the formula without its constant denominator, its powers by products: it is asked before every round
+        best, most, power, token = 1, 0.0, acceptance, acceptance**token_bytes
+        for count in range(1, self.longest + 1):
+            power *= token
+            rate = (1 - power) / (self.round + count * self.token)
+            if rate > most:
+                best, most = count, rate
+        return best
 
 
 DraftLength = int | AdaptiveDraft

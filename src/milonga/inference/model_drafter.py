@@ -39,6 +39,7 @@ _PIECE = 256  # tokens of a prompt that are read at once
 _LAST = 64  # bytes of a prompt that stay open to being cut into tokens anew, where no white space comes before
 _SETTLE = 4  # tokens that are read again in every round before the state moves on behind them
 _KEPT = 8  # tokens that stay open where no white space comes
+_WORD = 32  # tokens of the last word, at most, that stay open
 _USUAL = 3.5  # bytes of a token
 _WHITE = b" \n\r\t"
 
@@ -274,7 +275,7 @@ class ModelStream:
             return len(tail)
         for index in range(len(tail) - 1, 0, -1):
             if self._drafter.tokens[tail[index]][0] in _WHITE:
-                return index
+                return max(index, len(tail) - _WORD)
         return max(len(tail) - _KEPT, 0)
 
     def _draw(

@@ -202,10 +202,11 @@ class Uniforms:
 
     def span(self, first: int, count: int, lane: int = 0) -> np.ndarray:
         """float64 `[count]`: the numbers of positions `first`, `first + 1`, ... in one lane."""
-        blocks = range(first // _BLOCK, (first + count - 1) // _BLOCK + 1)
-        made = [self._block(block, lane) for block in blocks]
-        start = first % _BLOCK
-        return (made[0] if len(made) == 1 else np.concatenate(made))[start : start + count]
+        block, start = divmod(first, _BLOCK)
+        if start + count <= _BLOCK:
+            return self._block(block, lane)[start : start + count]
+        blocks = range(block, (first + count - 1) // _BLOCK + 1)
+        return np.concatenate([self._block(block, lane) for block in blocks])[start : start + count]
 
     def _block(self, block: int, lane: int) -> np.ndarray:
         made = self._blocks.get(lane)
