@@ -23,7 +23,7 @@ from milonga.inference.model_drafter import ModelDrafter
 from milonga.inference.sampling import Sampling
 from milonga.inference.speculative import SpeculativeDecoder
 from milonga.inference.speculative_rows import SpeculationStats, SpeculativeRows
-from milonga.state import merge
+from milonga.state import merge, named_tensors
 from tests.gpu.helpers import WIDE, scaled, written_both_ways
 from tests.inference.helpers import CONFIGS, FAILURES, MAMBA, SAMBA, assert_undone, opinionated
 
@@ -302,8 +302,45 @@ def test_a_broken_verifier_is_told():
     next(generation)
     with torch.no_grad():
         lm.network.head.weight.fill_(float("nan"))
+    next(generation)  # was launched before that
     with pytest.raises(UserError, match="weights are damaged"):
         next(generation)
+
+
+@every_kind
+@pytest.mark.parametrize("rounds", [3, 100], ids=["ended amid", "to the end"])
+def test_a_round_that_is_launched_ahead_is_as_one_that_is_not(kind, rounds):
+    """The same texts; and one that nobody asks for in the end is undone."""
+    found = []
+    for ahead in (False, True):
+        mine = decoder(kind, "exact", 6, device=True, rows=2)
+        rows, _ = started(mine, [b"abc the mat", b"the cat"], 40)
+        texts = [b"", b""]
+        for _ in range(rounds):
+            texts = [text + more for text, more in zip(texts, rows.round(), strict=True)]
+            if ahead:
+                rows.ahead()
+        state, logits = rows.finish()
+        found.append((texts, [tensor for _, tensor in named_tensors(state)], logits, mine.stats.accepted))
+    assert found[0][0] == found[1][0] and found[0][3] == found[1][3]
+    for mine, its in zip([*found[0][1], found[0][2]], [*found[1][1], found[1][2]], strict=True):
+        assert torch.equal(mine, its)
+
+
+@every_kind
+def test_texts_that_share_the_buffers_turn_back(kind):
+    """Each text launches its next round and then has to leave for the other: as if it were alone."""
+    alone = []
+    for prompt in (b"abc the mat", b"the cat"):
+        rows, _ = started(decoder(kind, "greedy", 6, device=True), [prompt], 30)
+        alone.append(b"".join(rows.round()[0] for _ in range(30)))
+    mine = decoder(kind, "greedy", 6, device=True)
+    both, texts = [started(mine, [prompt], 30)[0] for prompt in (b"abc the mat", b"the cat")], [b"", b""]
+    for _ in range(30):
+        for index, rows in enumerate(both):
+            texts[index] += rows.round()[0]
+            rows.ahead()
+    assert texts == alone
 
 
 @pytest.mark.parametrize(

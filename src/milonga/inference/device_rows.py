@@ -8,6 +8,7 @@ the device (a byte too close to call, a text that ends amid what stood) it does 
 import time
 import weakref
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -35,6 +36,13 @@ KEPT = 4  # sets of buffers, with their graphs; the one that was not used for lo
 
 
 _Key = tuple[int, int, bool]  # rows, bytes of a draft at most, greedy
+
+
+class _Flight(NamedTuple):
+    """A round that is launched, whose verdicts have not been seen."""
+
+    wait: Callable[[], float]  # -> the seconds of its draft
+    seconds: float  # that launching it took
 
 
 class DeviceBuffers:
@@ -131,6 +139,7 @@ class DeviceRows(SpeculativeRows):
         self._buffers, self._mode = buffers, mode
         self._verifier: DeviceVerifier | None = None
         self._drafter: DeviceDrafter | None = None
+        self._flight: _Flight | None = None
         self.count, self._room = len(texts.samplers), 0
         self._device = device = texts.logits.device
         self._times = [torch.cuda.Event(enable_timing=True) for _ in range(3)] if device.type == "cuda" else None
@@ -143,10 +152,21 @@ class DeviceRows(SpeculativeRows):
     @property
     def state(self) -> NetworkState:
         """The verifier's, behind all but the last byte of every text."""
+        assert self._flight is None
         return self._state
+
+    def ahead(self) -> None:
+        """As `SpeculativeRows.ahead`: launches the next round."""
+        if self._begun and self._flight is None and not self.done:
+            try:
+                self._flight = self._take_off()
+            except BaseException:
+                self._undo()
+                raise
 
     def leave(self) -> None:
         """Take the states home: others come into the buffers."""
+        self._turn_back()
         if self._verifier is not None and self._state is self._verifier.state:
             self._state = clone(self._state)
         if self._drafter is not None:
@@ -154,12 +174,25 @@ class DeviceRows(SpeculativeRows):
         self._verifier = self._drafter = None
 
     def _go_back(self, state: NetworkState) -> None:
+        self._flight = None
         if self._verifier is not None and state is self._verifier.state:
             self._verifier.undo()
         super()._go_back(state)
 
+    def _undo(self) -> None:
+        """Undo the round that was launched last."""
+        if self._verifier is not None and self._state is self._verifier.state:
+            self._verifier.undo()
+
+    def _turn_back(self) -> None:
+        """Nobody wants the round that is under way any more."""
+        if self._flight is not None:
+            self._flight = None
+            self._undo()
+
     def finish(self) -> tuple[NetworkState, Float[Tensor, "B V"]]:
         """As `SpeculativeRows.finish`."""
+        self._turn_back()
         found = super().finish()
         self.leave()
         self._buffers.give_back(self)
@@ -168,12 +201,11 @@ class DeviceRows(SpeculativeRows):
     def _round(self) -> list[bytes]:
         if self.done:
             return [b""] * len(self._rows)
-        if self._verifier is not None:
-            self._verifier.stay()  # what fails from here on undoes this round, not the one before
-        began = time.perf_counter()
-        plans = self._plans()
-        verifier = self._come_in(max(plan.bytes for plan in plans))
-        drafting = self._launch(verifier, plans)
+        flight, began = self._flight or self._take_off(), time.perf_counter()
+        self._flight = None
+        drafting = flight.wait()
+        verifier = self._verifier
+        assert verifier is not None
         verdicts = verifier.verdicts()
         if any(verdict.broken and row.left for verdict, row in zip(verdicts, self._rows, strict=True)):
             raise UserError("generate: the model predicts nan or infinity for the next token; its weights are damaged")
@@ -193,9 +225,20 @@ class DeviceRows(SpeculativeRows):
         if keep != moved:  # a text ended amid what stood
             verifier.keep(keep)
         self._decide_open(fed, decisions, written)
-        self._stats.draft_seconds += (seconds := drafting())
-        self._stats.verify_seconds += time.perf_counter() - began - seconds
+        seconds = flight.seconds + time.perf_counter() - began
+        drafting = min(drafting, seconds)  # the device may have been at it while nobody waited
+        self._stats.draft_seconds += drafting
+        self._stats.verify_seconds += seconds - drafting
         return written
+
+    def _take_off(self) -> _Flight:
+        """Launch a round."""
+        if self._verifier is not None:
+            self._verifier.stay()  # what fails from here on undoes this round, not the one before
+        began = time.perf_counter()
+        plans = self._plans()
+        wait = self._launch(self._come_in(max(plan.bytes for plan in plans)), plans)
+        return _Flight(wait, time.perf_counter() - began)
 
     def _come_in(self, longest: int) -> DeviceVerifier:
         verifier = self._verifier
@@ -210,7 +253,7 @@ class DeviceRows(SpeculativeRows):
         return verifier
 
     def _launch(self, verifier: DeviceVerifier, plans: Sequence[Plan]) -> Callable[[], float]:
-        """Draft and verify, and wait for it: -> what tells the seconds of the draft."""
+        """Draft and verify: -> what waits for the verdicts, and tells the seconds of the draft."""
         drafts, began = None, time.perf_counter()
         samplers, uniforms = [row.sampler for row in self._rows], [row.uniforms for row in self._rows]
         mark = self._marking()
@@ -240,8 +283,12 @@ class DeviceRows(SpeculativeRows):
         if self._times is None:
             return lambda: drafted - began
         first, second, last = self._times
-        last.synchronize()
-        return lambda: first.elapsed_time(second) / 1e3
+
+        def wait() -> float:
+            last.synchronize()
+            return first.elapsed_time(second) / 1e3
+
+        return wait
 
     def _marking(self) -> Callable[[int], None]:
         """-> what notes a time of a round, of 0 to 2, where the device comes to it."""

