@@ -38,7 +38,7 @@ from milonga.inference.runner import Runner
 from milonga.inference.sampling import Uniforms
 from milonga.inference.speculative import SpeculativeDecoder
 
-SEVERAL = 6  # tokens of a draft up to which prices are measured
+SEVERAL = 4  # tokens of a draft up to which prices are measured
 FEW = 4  # prompts that a session writes behind
 RESERVE = 10.0  # seconds for loading and for the unforeseen
 SETUP = 20.0  # seconds that a run on a new GPU takes beside its steps: reading texts, compiling, scoring

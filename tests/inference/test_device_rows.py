@@ -290,7 +290,7 @@ def test_adaptive_drafts_have_no_more_tokens_than_bytes(monkeypatch):
     monkeypatch.undo()
     mine = decoder("near", "exact", AdaptiveDraft(round=20.0, token=0.001, longest=64), device=True)
     rows = write(mine, [b"abc the mat"], [90], [Sampling(temperature=0.8, seed=3)])[-1]
-    assert mine.draft.tokens(rows._rows[0].pace.acceptance, 1.0) > draft_length.LONGEST
+    assert mine.draft.tokens(rows._rows[0].pace.acceptance, 1.0) == draft_length.LONGEST
     assert mine.stats.written == 89
 
 
@@ -378,18 +378,18 @@ def test_the_best_number_of_tokens():
     rule = AdaptiveDraft(round=2.0, token=0.2, longest=8)
     for acceptance, size in ((0.0, 1.0), (0.5, 3.0), (0.8, 3.5), (0.95, 1.0), (1.0, 4.0)):
         rates = [
-            sum(acceptance**power for power in range(int(count * size) + 1)) / (2.0 + 0.2 * count)
+            sum(acceptance**power for power in range(min(int(count * size), 15) + 1)) / (2.0 + 0.2 * count)
             for count in range(1, 9)
             if (count * size).is_integer()
         ]
         if len(rates) == 8:
             assert rule.tokens(acceptance, size) == rates.index(max(rates)) + 1
-    assert rule.tokens(0.3, 3.5) < rule.tokens(0.8, 3.5) < rule.tokens(0.97, 3.5) == 8
+    assert rule.tokens(0.3, 3.5) < rule.tokens(0.8, 3.5) < rule.tokens(0.97, 3.5) == 4
     pace = draft_length.Pace()
     short = pace.plan(rule, 3.5)
     for _ in range(50):
         pace.saw(8, 8)
-    assert pace.acceptance > 0.95 and short.tokens < pace.plan(rule, 3.5).tokens and pace.plan(rule, 3.5).bytes == 31
+    assert pace.acceptance > 0.95 and short.tokens < pace.plan(rule, 3.5).tokens and pace.plan(rule, 3.5).bytes == 15
     assert pace.plan(9, 1.0) == Plan(9, 9)
     with pytest.raises(UserError, match="prices must be above 0"):
         AdaptiveDraft(round=0.0)

@@ -5,8 +5,9 @@ A draft of m tokens, of c bytes each, of which each byte stands with the chance 
     E(m) = 1 + a + ... + a^(m c) = (1 - a^(m c + 1)) / (1 - a)
 
 bytes for a verification, and a round takes `round + m token` plain steps. So m is best where E(m) over that price is
-largest. The prices are given once, so that how long a draft is follows from the text and the seed alone. The chance a
-is what this text's rounds have shown so far, the latest counting most, and c the mean over the text.
+largest; m c counts as 15 bytes at most, so many are drafted. The prices are given once, so that how long a draft is
+follows from the text and the seed alone. The chance a is what this text's rounds have shown so far, the latest counting
+most, and c the mean over the text.
 """
 
 from dataclasses import dataclass
@@ -19,7 +20,8 @@ _ACCEPTANCE, _EXAMINED = 0.8, 20.0  # what is believed before the first round, a
 _SLACK = 1.25  # bytes that are looked at, in those that are expected: long tokens are not cut
 _MULTIPLE = 8  # a verification reads a multiple of so many bytes
 
-LONGEST = 31  # bytes of an adaptive draft
+# Bytes of an adaptive draft. A GPU's products take 16 rows in the time of one; of 17 they take twice as long.
+LONGEST = 15
 
 
 class Plan(NamedTuple):
@@ -56,17 +58,9 @@ class AdaptiveDraft:
 
     def tokens(self, acceptance: float, token_bytes: float) -> int:
         """The best number of tokens, where each byte stands with this chance and tokens have so many bytes."""
-        if acceptance >= 1:
-            rates = [
-                expected_bytes(1.0, count * token_bytes) / (self.round + count * self.token)
-                for count in range(1, self.longest + 1)
-            ]
-            return rates.index(max(rates)) + 1
-        # the formula without its constant denominator, its powers by products: it is asked before every round
-        best, most, power, token = 1, 0.0, acceptance, acceptance**token_bytes
+        best, most = 1, 0.0
         for count in range(1, self.longest + 1):
-            power *= token
-            rate = (1 - power) / (self.round + count * self.token)
+            rate = expected_bytes(acceptance, min(count * token_bytes, LONGEST)) / (self.round + count * self.token)
             if rate > most:
                 best, most = count, rate
         return best

@@ -59,7 +59,7 @@ def tile(features: int, width: int, element: int, *, gated: bool = False) -> Til
         return Tile(16, 4, 64, 2, 4, 3)
     if features >= 4096:
         return Tile(16, 4, 64, 6, 4, 2)
-    return Tile(16, 8, 64, 7, 8, 2, 2) if width % 512 == 0 else Tile(16, 4, 64, 4, 4, 3)
+    return Tile(16, 8, 64, 7, 8, 2, 2) if width % 512 == 0 else Tile(16, 4, 64, 6, 4, 2, 2)
 
 
 def _power(n: int) -> int:

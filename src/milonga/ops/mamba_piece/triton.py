@@ -30,7 +30,7 @@ def mamba_piece(x: Tensor, norm: Norm, weights: MambaWeights, conv: Tensor, ssm:
     span = turn * _share(-(-inner // turn))
     splits = -(-inner // span)
     low = torch.empty(splits, rows, wide, dtype=torch.float32, device=device)
-    _product(u, weights.x_proj, low, wide, shape, span=span)
+    _product(u, weights.x_proj, low, wide, shape, span=span, early=False)
     dt, y = torch.empty_like(u), torch.empty_like(u)
     into = torch.empty(rows, states, dtype=x.dtype, device=device)
     programs = -(-inner // _CHANNELS)

@@ -21,6 +21,8 @@ SHORTEST = 128
 _FIRST, _FIRST_BACKWARD = 0.8, 0.2
 # Where chunks are long, the first pass takes shorter ones, of at least FINE steps: all multiprocessors end together.
 FINE = 384
+# Where they can: chunks that are longer by more than this only to be divided evenly cost more than they bring.
+_LONGER = 1.01
 # fp32 numbers that the sums of dB and dC over blocks of channels may take. Beyond, time is walked in parts.
 WORKSPACE = 96 * 2**20
 # Registers a lane, for three programs a multiprocessor; four for the first pass.
@@ -60,8 +62,14 @@ def _length(rows: int, sequences: int, packed: bool, blocks: int, enough: int, f
     parallel = blocks * (1 if packed else sequences)
     pieces = 1 if parallel >= enough else _pieces(max(parallel, 1), first)
     steps = max(-(-longest // pieces), SHORTEST if pieces > 1 else 1)
-    finer = next((count for count in (8, 4, 2) if pieces > 1 and steps >= count * FINE), 1)
-    return -(-steps // (CHUNK * finer)) * CHUNK * finer, finer
+
+    def rounded(count: int) -> int:
+        return -(-steps // (CHUNK * count)) * CHUNK * count
+
+    counts = [count for count in (8, 4, 2) if pieces > 1 and steps >= count * FINE]
+    even = (count for count in counts if rounded(count) <= _LONGER * rounded(1))
+    finer = next(even, counts[-1] if counts else 1)
+    return rounded(finer), finer
 
 
 class Into(NamedTuple):

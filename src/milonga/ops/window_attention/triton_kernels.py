@@ -399,13 +399,10 @@ def attention_backward_keys(
 
 
 @triton.jit
-def query_slopes(acc, q, g, k, v, logarithm, dot, seen, scale, MASK: tl.constexpr, PRECISION: tl.constexpr):
-    """What a block of keys adds to the gradient of the queries, without the scale."""
+def query_slopes(q, g, k, v, logarithm, dot, scale, PRECISION: tl.constexpr):
+    """The gradient of the scores between a block of queries and one of keys, as if all were seen."""
     shares = tl.exp2(tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale - logarithm[:, None])
-    slopes = shares * (tl.dot(g, tl.trans(v), input_precision=PRECISION) - dot[:, None])
-    if MASK:
-        slopes = tl.where(seen, slopes, 0.0)
-    return tl.dot(slopes.to(k.dtype), k, acc, input_precision=PRECISION)
+    return shares * (tl.dot(g, tl.trans(v), input_precision=PRECISION) - dot[:, None])
 
 
 @triton.jit(do_not_specialize=FREE)
@@ -414,11 +411,14 @@ def attention_backward_queries(
     P, heads, low, high, q_row, q_step, q_head, k_row, k_step, k_head, v_row, v_step, v_head,
     pk_row, pk_step, pk_head, pv_row, pv_step, pv_head, g_row, g_step, g_head,
     K: tl.constexpr, V: tl.constexpr, WK: tl.constexpr, WV: tl.constexpr, GROUP: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, PACKED: tl.constexpr, PAST: tl.constexpr, PRECISION: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, PACKED: tl.constexpr, PAST: tl.constexpr, TMA: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The gradient of q, `[B T H WK]` contiguous, of the blocks that `attention_forward` would take.
 
     It also leaves y . grad of each query in fp32, `[B H T]`, for the gradients of keys and values. y is contiguous.
+    With TMA, of rows that are not packed and see no past, k and v are descriptors of `[B * T, G * K]` and
+    `[B * T, G * V]`, G being the heads of keys.
     """
     index = tl.num_programs(0) - 1 - tl.program_id(0)
     h = tl.program_id(1)
@@ -434,8 +434,6 @@ def attention_backward_queries(
     v_at = tl.arange(0, V)
     t = t0 + rows
     ok = t < steps
-    k_base = k + row * k_row + g.to(tl.int64) * k_head
-    v_base = v + row * v_row + g.to(tl.int64) * v_head
     q_base = q + row * q_row + (first_row + t0) * q_step + h.to(tl.int64) * q_head
     g_base = grad + row * g_row + (first_row + t0) * g_step + h.to(tl.int64) * g_head
     q_tile = tile(q_base, rows, q_step, k_at, ok, WK, K, True)
@@ -454,19 +452,37 @@ def attention_backward_queries(
             v_tile = key_tile(pv_base, cols, held, head, P, 0, pv_step, 0, n, v_at, WV, V, True, True)
             at = (n + cols)[None, :]
             seen = visible(t[:, None], at, held, steps, window) & (at < 0)
-            acc = query_slopes(acc, q_tile, g_tile, k_tile, v_tile, logarithm, dot, seen, scale, True, PRECISION)
+            slopes = query_slopes(q_tile, g_tile, k_tile, v_tile, logarithm, dot, scale, PRECISION)
+            slopes = tl.where(seen, slopes, 0.0)
+            acc = tl.dot(slopes.to(k_tile.dtype), k_tile, acc, input_precision=PRECISION)
     first, whole, edge, end = ends_of_queries(t0, steps, window, BM, BN)
-    cut = (tl.minimum(whole, end) - first + BN - 1) // BN
-    for i in range(cut + (tl.maximum(end - edge, 0) + BN - 1) // BN):
-        n = tl.where(i < cut, first + i * BN, edge + (i - cut) * BN)
-        k_tile = key_tile(k_base, cols, held, head, P, steps, k_step, first_row, n, k_at, WK, K, True, False)
-        v_tile = key_tile(v_base, cols, held, head, P, steps, v_step, first_row, n, v_at, WV, V, True, False)
-        seen = visible(t[:, None], (n + cols)[None, :], held, steps, window)
-        acc = query_slopes(acc, q_tile, g_tile, k_tile, v_tile, logarithm, dot, seen, scale, True, PRECISION)
-    for n in range(whole, edge, BN):
-        k_tile = key_tile(k_base, cols, held, head, P, steps, k_step, first_row, n, k_at, WK, K, False, False)
-        v_tile = key_tile(v_base, cols, held, head, P, steps, v_step, first_row, n, v_at, WV, V, False, False)
-        acc = query_slopes(acc, q_tile, g_tile, k_tile, v_tile, logarithm, dot, None, scale, False, PRECISION)
+    if TMA:
+        # addresses cost no registers here: one loop for all blocks, the mask a branch that few of them take
+        start = (row * T).to(tl.int32)
+        for n in range(first, end, BN):
+            k_tile = k.load([start + n, g * K])
+            v_tile = v.load([start + n, g * V])
+            slopes = query_slopes(q_tile, g_tile, k_tile, v_tile, logarithm, dot, scale, PRECISION)
+            if (n < whole) | (n >= edge):
+                slopes = tl.where(visible(t[:, None], (n + cols)[None, :], held, steps, window), slopes, 0.0)
+            acc = tl.dot(slopes.to(k_tile.dtype), k_tile, acc, input_precision=PRECISION)
+    else:
+        k_base = k + row * k_row + g.to(tl.int64) * k_head
+        v_base = v + row * v_row + g.to(tl.int64) * v_head
+        cut = (tl.minimum(whole, end) - first + BN - 1) // BN
+        for i in range(cut + (tl.maximum(end - edge, 0) + BN - 1) // BN):
+            n = tl.where(i < cut, first + i * BN, edge + (i - cut) * BN)
+            k_tile = key_tile(k_base, cols, held, head, P, steps, k_step, first_row, n, k_at, WK, K, True, False)
+            v_tile = key_tile(v_base, cols, held, head, P, steps, v_step, first_row, n, v_at, WV, V, True, False)
+            seen = visible(t[:, None], (n + cols)[None, :], held, steps, window)
+            slopes = query_slopes(q_tile, g_tile, k_tile, v_tile, logarithm, dot, scale, PRECISION)
+            slopes = tl.where(seen, slopes, 0.0)
+            acc = tl.dot(slopes.to(k_tile.dtype), k_tile, acc, input_precision=PRECISION)
+        for n in range(whole, edge, BN):
+            k_tile = key_tile(k_base, cols, held, head, P, steps, k_step, first_row, n, k_at, WK, K, False, False)
+            v_tile = key_tile(v_base, cols, held, head, P, steps, v_step, first_row, n, v_at, WV, V, False, False)
+            slopes = query_slopes(q_tile, g_tile, k_tile, v_tile, logarithm, dot, scale, PRECISION)
+            acc = tl.dot(slopes.to(k_tile.dtype), k_tile, acc, input_precision=PRECISION)
     places = ((row * T + first_row + t) * heads + h)[:, None] * WK + k_at[None, :]
     acc = (acc * slope_scale).to(grad_q.dtype.element_ty)
     tl.store(grad_q + places, acc, mask=ok[:, None] & (k_at < WK)[None, :])
