@@ -77,6 +77,25 @@ def test_windows(dtype: torch.dtype, window: int | None) -> None:
     check(*make((100, 100), 4, 2, (64, 64), dtype), window)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("width", [16, 64, 128, 256])
+@pytest.mark.parametrize(
+    ("batch", "time", "window"), [(3, 320, 100), (3, 320, 1), (1, 451, 129), (1, 77, 1), (1, 451, None)]
+)
+def test_blocks_read_by_the_copy_engine(batch: int, time: int, window: int | None, width: int, dtype) -> None:
+    """Rows of whole blocks, and one row of any length."""
+    check(*make((time,) * batch, 4, 2, (width, width), dtype), window)
+
+
+def test_rows_do_not_meet_a_neighbour_s_nan() -> None:
+    inputs, position, segments = make((320,) * 3, 4, 2, (128, 128), torch.bfloat16)
+    _, upstream, clean = run(inputs, position, segments, 100, "triton")
+    for tensor in (*inputs, upstream):
+        tensor[0], tensor[2] = float("nan"), float("nan")
+    _, _, gradients = run(inputs, position, segments, 100, "triton", upstream)
+    assert all(torch.equal(a[1], b[1]) for a, b in zip(clean, gradients, strict=True))
+
+
 @pytest.mark.parametrize("seed", range(10))
 def test_random_shapes(seed: int) -> None:
     pick = torch.Generator().manual_seed(seed)

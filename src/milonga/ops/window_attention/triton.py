@@ -48,6 +48,9 @@ HALF = {
     128: Tuning(Blocks(128, 64, 8, 3), Blocks(64, 128, 8, 2), Blocks(128, 64, 8, 3)),
     256: Tuning(Blocks(64, 64, 8, 2), Blocks(32, 64, 8, 2), Blocks(64, 32, 8, 2)),
 }
+# The same where a Hopper's copy engine reads the blocks of the backward pass (`_described`): no addresses are kept, and
+# smaller blocks leave registers and shared memory for a second program on the multiprocessor.
+DESCRIBED = {**HALF, 128: HALF[128]._replace(keys=Blocks(64, 64, 4, 2), queries=Blocks(64, 64, 4, 2))}
 SINGLE = {
     16: Tuning(Blocks(64, 32, 4, 2), Blocks(32, 32, 4, 2), Blocks(32, 32, 4, 2)),
     128: Tuning(Blocks(32, 32, 4, 2), Blocks(32, 32, 4, 2), Blocks(32, 32, 4, 2)),
@@ -55,9 +58,9 @@ SINGLE = {
 }
 
 
-def tuning(dtype: torch.dtype, width: int) -> Tuning:
-    """The blocks for heads whose wider padded width is `width`."""
-    table = SINGLE if dtype == torch.float32 else HALF
+def tuning(dtype: torch.dtype, width: int, described: bool = False) -> Tuning:
+    """The blocks for heads whose wider padded width is `width`; `described`: where tensor descriptors are read."""
+    table = SINGLE if dtype == torch.float32 else DESCRIBED if described else HALF
     return table[min((size for size in table if size >= width), default=max(table))]
 
 
@@ -107,7 +110,8 @@ class _Plan:
             "GROUP": self.heads // max(self.groups, 1), "PACKED": self.packed,
             "PRECISION": "tf32x3" if q.dtype == torch.float32 else "tf32",
         }  # fmt: skip
-        self.tuning = tuning(q.dtype, max(self.sizes["K"], self.sizes["V"]))
+        widest = max(self.sizes["K"], self.sizes["V"])
+        self.tuning, self.described_tuning = tuning(q.dtype, widest), tuning(q.dtype, widest, described=True)
         self.empty = q.numel() == 0 or v.numel() == 0
 
     def signed(self, queries: Tensor) -> Tensor:
@@ -276,19 +280,24 @@ def backward(
 def _launch_backward(plan: _Plan, grad: Tensor, y: Tensor, stats: Tensor, grads: list[Tensor]) -> None:
     dots = torch.empty(plan.batch, plan.heads, plan.time, dtype=torch.float32, device=y.device)
     shared = (plan.time, plan.sequences, plan.window, plan.scale * LOG2_E, plan.scale, plan.slots, plan.heads)
+    # blocks for descriptors spill in a launch that sees the past, which takes addresses
+    wished = (plan.tuning if plan.past else plan.described_tuning).queries
+    described = _described(plan, plan.k, plan.v, wished.keys)
+    blocks = plan.tuning.queries if described is None else wished
     # first, as it leaves what the other kernel reads in `dots`
-    for programs, low, high, past in plan.query_launches(plan.tuning.queries.queries):
+    for programs, low, high, past in plan.query_launches(blocks.queries):
+        k, v = (plan.k, plan.v) if past or described is None else described
         triton_kernels.attention_backward_queries[programs](
-            plan.q, plan.k, plan.v, plan.past_k, plan.past_v, plan.position, plan.bounds, y, grad, stats, dots,
-            grads[0], *shared, low, high, *plan.strides(plan.q, plan.k, plan.v, plan.past_k, plan.past_v, grad),
-            **plan.sizes, PAST=past, **_launch(plan.tuning.queries),
+            plan.q, k, v, plan.past_k, plan.past_v, plan.position, plan.bounds, y, grad, stats, dots, grads[0],
+            *shared, low, high, *plan.strides(plan.q, plan.k, plan.v, plan.past_k, plan.past_v, grad),
+            **plan.sizes, PAST=past, TMA=described is not None and not past, **_launch(blocks),
         )  # fmt: skip
-    blocks = plan.tuning.keys
+    described = _described(plan, plan.q, grad, plan.described_tuning.keys.queries)
+    blocks = (plan.tuning if described is None else plan.described_tuning).keys
     launches = [(plan.k, plan.v, *grads[1:3], plan.grid(blocks.keys, plan.groups), False)]
     if plan.past:
         programs = (-(-plan.slots // blocks.keys), plan.groups, plan.sequences)
         launches.append((plan.past_k, plan.past_v, *grads[3:5], programs, True))
-    described = _described(plan, grad, blocks.queries)
     q, upstream = described or (plan.q, grad)
     for k, v, grad_k, grad_v, programs, ring in launches:
         triton_kernels.attention_backward_keys[programs](
@@ -297,8 +306,10 @@ def _launch_backward(plan: _Plan, grad: Tensor, y: Tensor, stats: Tensor, grads:
         )  # fmt: skip
 
 
-def _described(plan: _Plan, grad: Tensor, steps: int) -> list[TensorDescriptor] | None:
-    """q and the gradient as a Hopper's copy engine reads them, in blocks of `steps`; None where it cannot.
+def _described(plan: _Plan, keys: Tensor, values: Tensor, steps: int) -> list[TensorDescriptor] | None:
+    """Two tensors as a Hopper's copy engine reads them, in blocks of `steps`; None where it cannot.
+
+    `keys` are as wide as k (so is q), `values` as v (so is the upstream gradient).
 
     No block may reach into the next row of the batch: zero times a NaN from there is NaN.
     """
@@ -308,7 +319,7 @@ def _described(plan: _Plan, grad: Tensor, steps: int) -> list[TensorDescriptor] 
     if plan.q.device.type == "cuda" and torch.cuda.get_device_capability(plan.q.device) < (9, 0):
         return None
     found = []
-    for tensor, padded in ((plan.q, plan.sizes["K"]), (grad, plan.sizes["V"])):
+    for tensor, padded in ((keys, plan.sizes["K"]), (values, plan.sizes["V"])):
         _, time, heads, width = tensor.shape
         row, step, head, _ = tensor.stride()
         joined = width == padded <= 256 and head == width and (row == time * step or plan.batch == 1)
