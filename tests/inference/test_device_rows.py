@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from milonga.data.bpe import BpeCodec
 from milonga.errors import UserError
-from milonga.inference import device_rows, draft_length
+from milonga.inference import device_drafting, device_rows, device_verification, draft_length
 from milonga.inference.captured import CapturedRunner
 from milonga.inference.device_drafting import preserving
 from milonga.inference.device_rows import DeviceRows
@@ -325,6 +325,27 @@ def test_a_round_that_is_launched_ahead_is_as_one_that_is_not(kind, rounds):
     assert found[0][0] == found[1][0] and found[0][3] == found[1][3]
     for mine, its in zip([*found[0][1], found[0][2]], [*found[1][1], found[1][2]], strict=True):
         assert torch.equal(mine, its)
+
+
+def test_nothing_is_differentiated(monkeypatch):
+    """Also outside of inference mode: a GPU's kernels for steps and pieces are taken only where nothing is."""
+    enabled = []
+    for where, name in (
+        (device_drafting, "read_piece"),
+        (device_drafting, "decode_step"),
+        (device_verification, "read_piece"),
+    ):
+        own = getattr(where, name)
+
+        def passes(*given, own=own):
+            enabled.append(torch.is_grad_enabled())
+            return own(*given)
+
+        monkeypatch.setattr(where, name, passes)
+    mine = decoder("subwords", "exact", 6, device=True)
+    session = mine.verifier.session()
+    assert len(b"".join(mine.generate_bytes(session, 40, Sampling(seed=1), context=b"abc"))) == 40
+    assert len(enabled) > 20 and not any(enabled)
 
 
 @every_kind

@@ -155,6 +155,7 @@ class DeviceRows(SpeculativeRows):
         assert self._flight is None
         return self._state
 
+    @torch.inference_mode()
     def ahead(self) -> None:
         """As `SpeculativeRows.ahead`: launches the next round."""
         if self._begun and self._flight is None and not self.done:
