@@ -272,7 +272,7 @@ def measure(given: argparse.Namespace) -> list[Figure]:
     }
     for index, (name, drafter) in enumerate((name, drafters[name]) for name in given.drafters):
         left = max(end - time.monotonic(), 4.0)
-        until = time.monotonic() + left * (0.65 if index == 0 else 0.9)
+        until = time.monotonic() + left * (0.65 if index + 1 < len(given.drafters) else 0.9)
         figures += measured(lm, name, drafter, runner, plain, given, until)
     print(f"all: {time.monotonic() - began:.0f} s", flush=True)
     return figures

@@ -30,6 +30,7 @@ FORMAT = 1
 # A stretch of text without a place to cut is cut after so many bytes, to bound memory. Part of what the codec is.
 LONGEST = 1 << 16
 _PART = 1 << 16  # bytes that are encoded at once, where the text can be cut
+_ALONE = 16  # words that are encoded one by one
 _REMEMBERED = 1 << 22  # bytes of words whose ids are remembered, at most about
 
 _WHITE = bytes([9, 10, 11, 12, 13, 32])
@@ -167,10 +168,17 @@ class BpeCodec:
             self._words, self._words_bytes = {}, 0
         known = self._words  # another thread may put a new one in its place
         if missing := list(set(words).difference(known)):
-            encodings = self._tokenizer.encode_batch_fast(list(map(mapped, missing)), add_special_tokens=False)
+            encodings = self._encodings(list(map(mapped, missing)))
             known.update((word, found.ids) for word, found in zip(missing, encodings, strict=True))
             self._words_bytes += sum(map(len, missing))
         return np.fromiter(chain.from_iterable(map(known.__getitem__, words)), self.dtype)
+
+    def _encodings(self, words: list[str]) -> list[Any]:
+        """The package's encodings of these words. It shares several among threads: they take longer to wake than a few
+        words take."""
+        if len(words) <= _ALONE:
+            return [self._tokenizer.encode(word, add_special_tokens=False) for word in words]
+        return self._tokenizer.encode_batch_fast(words, add_special_tokens=False)
 
     def decode(self, ids: Ids) -> bytes:
         """The bytes that ids stand for. Raises as `checked_ids` does."""

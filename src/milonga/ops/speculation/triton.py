@@ -11,8 +11,9 @@ def _power(n: int) -> int:
 
 
 def _warps(block: int) -> int:
-    """So many that a lane holds 8 sums, where there are so many: one program has a multiprocessor for itself."""
-    return max(4, min(32, block // 256))
+    """So many that a lane holds 16 sums, where there are so many: a program has a multiprocessor for itself, but what
+    sums over warps costs each of them."""
+    return max(4, min(32, block // 512))
 
 
 def begin_draft_(behind: Tensor, inputs: DraftInputs, vocabulary: Vocabulary, draft: Draft, greedy: bool) -> None:

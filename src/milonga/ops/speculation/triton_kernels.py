@@ -10,6 +10,12 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
+def everything(values):
+    """The sum of a matrix."""
+    return tl.sum(tl.sum(values, 1), 0)
+
+
+@triton.jit
 def choose(
     row, order, sums, lo, hi, uniform, temperature, V, BLOCK: tl.constexpr, GREEDY: tl.constexpr, KEPT: tl.constexpr,
 ):  # fmt: skip
@@ -17,30 +23,37 @@ def choose(
 
     KEPT writes the running sums of the probabilities, from 0, to `sums [V+1]`.
     """
-    i = tl.arange(0, BLOCK)
-    inside = i < V
-    token = tl.load(order + i, mask=inside, other=0)
-    v = tl.load(row + token, mask=inside, other=float("-inf"))
     if GREEDY:
+        i = tl.arange(0, BLOCK)
+        inside = i < V
+        token = tl.load(order + i, mask=inside, other=0)
+        v = tl.load(row + token, mask=inside, other=float("-inf"))
         among = tl.where((i >= lo) & (i < hi), v, float("-inf"))
         best = tl.argmax(among, 0).to(tl.int64)
         empty = lo >= hi
     else:
+        # lines of 8: a sum runs within lines and over them, not through all warps for every eighth of the places
+        i = tl.arange(0, BLOCK // 8)[:, None] * 8 + tl.arange(0, 8)[None, :]
+        inside = i < V
+        token = tl.load(order + i, mask=inside, other=0)
+        v = tl.load(row + token, mask=inside, other=float("-inf"))
         scale = (1.0 / temperature).to(tl.float32) * LOG2_E
-        weights = tl.where(inside, tl.exp2((v - tl.max(v, 0)) * scale), 0.0).to(tl.float64)
-        total = tl.cumsum(weights, 0)
-        end = tl.sum(tl.where(i == V - 1, total, 0.0), 0)
+        weights = tl.where(inside, tl.exp2((v - tl.max(tl.max(v, 1), 0)) * scale), 0.0).to(tl.float64)
+        lines = tl.sum(weights, 1)
+        behind = tl.cumsum(lines, 0)
+        total = tl.cumsum(weights, 1) + (behind - lines)[:, None]
+        end = everything(tl.where(i == V - 1, total, 0.0))
         total = tl.where(inside, total / end, 2.0)
         if KEPT:
             tl.store(sums + 1 + i, total, mask=inside)
             tl.store(sums, end * 0.0)
-        first = tl.sum(tl.where(i == lo - 1, total, 0.0), 0)
-        last = tl.sum(tl.where(i == hi - 1, total, 0.0), 0)
+        first = everything(tl.where(i == lo - 1, total, 0.0))
+        last = everything(tl.where(i == hi - 1, total, 0.0))
         target = first + uniform * (last - first)
-        best = tl.sum((total <= target).to(tl.int64), 0)
+        best = everything((total <= target).to(tl.int32))
         # where the target was rounded up to the end: the last place with a mass
-        best = tl.minimum(best, tl.sum((total < last).to(tl.int64), 0))
-        best = tl.minimum(best, V - 1)
+        best = tl.minimum(best, everything((total < last).to(tl.int32)))
+        best = tl.minimum(best, V - 1).to(tl.int64)
         empty = (last > first) == 0
     return best, empty
 
