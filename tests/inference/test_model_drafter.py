@@ -9,7 +9,9 @@ import torch
 from milonga.data.bpe import BpeCodec
 from milonga.errors import UserError
 from milonga.inference.language_model import LanguageModel
-from milonga.inference.model_drafter import ModelDrafter
+from milonga.inference.model_drafter import ModelDrafter, ModelStream
+from milonga.inference.sampling import Sampling
+from milonga.inference.speculative import SpeculativeDecoder
 from tests.inference.helpers import MAMBA, SAMBA
 
 MERGES = [(b"a", b"b"), (b"ab", b"c"), (b"b", b"c"), (b"c", b"a"), (b" ", b"a"), (b" a", b"b")]
@@ -159,3 +161,21 @@ def test_a_vocabulary_without_all_bytes_is_refused():
     lm.codec = Characters()
     with pytest.raises(UserError, match="cannot draft for a model of bytes"):
         ModelDrafter(lm)
+
+
+def test_tokens_are_drawn_warmer_than_bytes(monkeypatch):
+    """Below temperature 1, and the rule draws from what was drawn; bytes, and draws from 1 on, are left alone."""
+    drafter = ModelDrafter(model())
+    assert [drafter.temperature(wanted) for wanted in (0.0, 0.5, 0.8, 1.0, 1.3)] == [0.0, 0.75, 1.0, 1.0, 1.3]
+    alone = ModelDrafter(LanguageModel(MAMBA.build(seed=0)))
+    assert [alone.temperature(wanted) for wanted in (0.0, 0.5, 1.3)] == [0.0, 0.5, 1.3]
+    warmths, draft = [], ModelStream.draft
+    monkeypatch.setattr(
+        ModelStream,
+        "draft",
+        lambda self, limit, warmth, dice: warmths.append(warmth) or draft(self, limit, warmth, dice),
+    )
+    verifier = LanguageModel(MAMBA.build(seed=1))
+    decoder = SpeculativeDecoder(verifier, drafter, draft=4)
+    assert len(b"".join(decoder.generate_bytes(verifier.session(), 12, Sampling(temperature=0.5)))) == 12
+    assert warmths and set(warmths) == {0.75}

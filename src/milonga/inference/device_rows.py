@@ -259,7 +259,8 @@ class DeviceRows(SpeculativeRows):
         samplers, uniforms = [row.sampler for row in self._rows], [row.uniforms for row in self._rows]
         mark = self._marking()
         mark(0)
-        temperature, longest = samplers[0].sampling.temperature, max(plan.bytes for plan in plans)
+        temperature = self._warmth(samplers[0].sampling.temperature)
+        longest = max(plan.bytes for plan in plans)
         if isinstance(self._stream, ModelStream):
             assert self._drafter is not None
             self._drafter.take(self._stream)

@@ -41,6 +41,7 @@ _SETTLE = 4  # tokens that are read again in every round before the state moves 
 _KEPT = 8  # tokens that stay open where no white space comes
 _WORD = 32  # tokens of the last word, at most, that stay open
 _USUAL = 3.5  # bytes of a token
+_WARMER = 1.5  # times the temperature of the bytes, as long as that is below 1, for tokens of several bytes
 _WHITE = b" \n\r\t"
 
 
@@ -72,6 +73,15 @@ class ModelDrafter:
     def start(self, texts: Sequence[bytes]) -> "ModelStream":
         """As `Drafter.start`: reads the texts, in pieces."""
         return ModelStream(self, texts)
+
+    def temperature(self, wanted: float) -> float:
+        """What tokens are drawn with for bytes that the verifier draws with the temperature `wanted`.
+
+        Bytes below temperature 1 are sharpened each for itself, after the tokens that go on with them were added up.
+        Tokens that are sharpened one by one give bytes that are too sure: of a pair on English text 71.5 % stood at
+        0.8, and 73.7 % with tokens at 1; at 0.5 70.6 %, and 73.4 % with tokens at 0.75.
+        """
+        return wanted if self.vocabulary.longest == 1 else max(wanted, min(_WARMER * wanted, 1.0))
 
     def _places(self, prefix: bytes) -> tuple[int, int, int]:
         """(lo, longer, hi): lo..longer of the sorted vocabulary is the token that is the prefix itself, longer..hi are

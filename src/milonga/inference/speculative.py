@@ -30,6 +30,7 @@ from milonga.inference.draft_length import DraftLength
 from milonga.inference.drafters import Drafter, DraftStream
 from milonga.inference.generation import Generation, Piece, StopFinder, as_bytes, as_text
 from milonga.inference.language_model import LanguageModel
+from milonga.inference.model_drafter import ModelDrafter
 from milonga.inference.runner import NetworkRunner, Runner
 from milonga.inference.sampling import Sampler, Sampling
 from milonga.inference.session import Session
@@ -161,6 +162,7 @@ class SpeculativeDecoder:
             lambda: self.draft,
             self.rule == "greedy" and self.tie > 0,
             self.stats,
+            self.drafter.temperature if isinstance(self.drafter, ModelDrafter) else float,
         )
         texts = Texts(stream, state, logits, samplers, limits, until)
         if self._buffers is not None and DeviceRows.serves(stream, samplers):

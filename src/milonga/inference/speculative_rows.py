@@ -67,6 +67,7 @@ class Rounds:
         draft: how much to draft for the next round, asked before each.
         replay: whether the rule leaves bytes undecided.
         stats: counted on.
+        warmth: the temperature of the drafter's draws, from that of the texts.
     """
 
     runner: Runner
@@ -75,6 +76,7 @@ class Rounds:
     draft: Callable[[], DraftLength]
     replay: bool
     stats: SpeculationStats
+    warmth: Callable[[float], float] = float
 
 
 @dataclass(frozen=True)
@@ -140,7 +142,7 @@ class SpeculativeRows:
         ends = list(texts.until) if texts.until is not None else [None] * len(texts.limits)
         self._rows = [_Row(*parts) for parts in zip(texts.samplers, texts.limits, ends, strict=True)]
         self._runner, self._single, self._accept = rounds.runner, rounds.single, rounds.accept
-        self._draft, self._stats = rounds.draft, rounds.stats
+        self._draft, self._stats, self._warmth = rounds.draft, rounds.stats, rounds.warmth
         self._stream, self._state, self._logits, self._first = texts.stream, texts.state, texts.logits, texts.state
         for row in self._rows:
             row.since = bytearray() if rounds.replay else None
@@ -189,7 +191,7 @@ class SpeculativeRows:
         plans = self._plans()
         limit = max(plan.bytes for plan in plans)
         dice = [row.dice for row in self._rows]
-        temperature = self._rows[0].sampler.sampling.temperature
+        temperature = self._warmth(self._rows[0].sampler.sampling.temperature)
         drafts = self._stream.draft(limit, temperature, dice) if limit > 0 else [SureDraft()] * len(self._rows)
         counts = [min(len(draft.text), plan.bytes) for draft, plan in zip(drafts, plans, strict=True)]
         verifying = time.perf_counter()
