@@ -43,19 +43,26 @@ def test_it_is_the_ops_one_by_one(dtype, shape, whole: bool, fused: bool, monkey
     """Gradients are as near to float64 as those of the ops one by one, with and without states before."""
     if not fused:
         monkeypatch.setattr(own, "suits", lambda *_: False)
-    torch.manual_seed(0)
     segments = Segments.from_lengths([70, 0, 129, 1]) if shape == "packed" else None
-    made = make(1, 200, 40, 128, 16, 16, 4) if isinstance(shape, str) else make(*shape)
     names = NAMES if whole else NAMES[:10]
-    inputs = {name: made[name].cuda().to(dtype if name in (*SAME, *PRODUCTS) else torch.float32) for name in names}
-    outputs, upstream, gradients = run(mamba_mixer, inputs, None, segments=segments)
-    usual_outputs, _, usual = run(one_by_one, inputs, upstream, segments=segments)
-    assert all(torch.equal(a, b) for a, b in zip(outputs, usual_outputs, strict=True))
-    wide = {name: value.double() for name, value in inputs.items()}
-    _, _, exact = run(one_by_one, wide, upstream, segments=segments, backend="reference")
-    for name, got, other, expected in zip(names, gradients, usual, exact, strict=True):
-        bound = 1.05 * relative_rms(other, expected) + 2 * ERROR_BOUND
-        assert relative_rms(got, expected) <= bound, f"{name}: {relative_rms(got, expected):.2e} > {bound:.1e}"
+    # roundings of few numbers scatter by more than what is asked: of several draws
+    draws = 2 if isinstance(shape, str) or shape[1] > 100 else 12
+    mine, usual = dict.fromkeys(names, 0.0), dict.fromkeys(names, 0.0)
+    for seed in range(draws):
+        torch.manual_seed(seed)
+        made = make(1, 200, 40, 128, 16, 16, 4) if isinstance(shape, str) else make(*shape)
+        inputs = {name: made[name].cuda().to(dtype if name in (*SAME, *PRODUCTS) else torch.float32) for name in names}
+        outputs, upstream, gradients = run(mamba_mixer, inputs, None, segments=segments)
+        usual_outputs, _, others = run(one_by_one, inputs, upstream, segments=segments)
+        assert all(torch.equal(a, b) for a, b in zip(outputs, usual_outputs, strict=True))
+        wide = {name: value.double() for name, value in inputs.items()}
+        _, _, exact = run(one_by_one, wide, upstream, segments=segments, backend="reference")
+        for name, got, other, expected in zip(names, gradients, others, exact, strict=True):
+            mine[name] += relative_rms(got, expected) ** 2 / draws
+            usual[name] += relative_rms(other, expected) ** 2 / draws
+    for name in names:
+        error, bound = mine[name] ** 0.5, 1.05 * usual[name] ** 0.5 + 2 * ERROR_BOUND
+        assert error <= bound, f"{name}: {error:.2e} > {bound:.1e}"
 
 
 @pytest.mark.parametrize("fused", [False, True])
