@@ -176,12 +176,14 @@ class DeviceRows(SpeculativeRows):
 
     def _go_back(self, state: NetworkState) -> None:
         self._flight = None
-        if self._verifier is not None and state is self._verifier.state:
-            self._verifier.undo()
         super()._go_back(state)
+        self._undo()
 
     def _undo(self) -> None:
-        """Undo the round that was launched last."""
+        """Undo the round that was launched last, once the device is through with it: what it still reads is the host's
+        to write again from here on."""
+        if self._times is not None:
+            torch.cuda.current_stream(self._device).synchronize()
         if self._verifier is not None and self._state is self._verifier.state:
             self._verifier.undo()
 
