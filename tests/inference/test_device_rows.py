@@ -1,6 +1,8 @@
 """Rounds on the device write what rounds from the host write: the same bytes, whatever drafts. Here without graphs."""
 
 import gc
+import subprocess
+import sys
 import weakref
 from functools import cache
 
@@ -299,7 +301,7 @@ def test_a_broken_verifier_is_told():
     mine = decoder("near", "exact", 6, device=True, lm=lm)
     session = lm.session()
     generation = mine.generate_bytes(session, 60, Sampling(seed=1))
-    next(generation)
+    next(generation), next(generation)
     with torch.no_grad():
         lm.network.head.weight.fill_(float("nan"))
     next(generation)  # was launched before that
@@ -348,20 +350,108 @@ def test_nothing_is_differentiated(monkeypatch):
     assert len(enabled) > 20 and not any(enabled)
 
 
+SHARED = (b"the cat sat on a mat ", b"abc the mat, on the ")
+
+
 @every_kind
-def test_texts_that_share_the_buffers_turn_back(kind):
-    """Each text launches its next round and then has to leave for the other: as if it were alone."""
-    alone = []
-    for prompt in (b"abc the mat", b"the cat"):
-        rows, _ = started(decoder(kind, "greedy", 6, device=True), [prompt], 30)
-        alone.append(b"".join(rows.round()[0] for _ in range(30)))
-    mine = decoder(kind, "greedy", 6, device=True)
-    both, texts = [started(mine, [prompt], 30)[0] for prompt in (b"abc the mat", b"the cat")], [b"", b""]
-    for _ in range(30):
-        for index, rows in enumerate(both):
-            texts[index] += rows.round()[0]
-            rows.ahead()
-    assert texts == alone
+@pytest.mark.parametrize("rule", ["greedy", "exact"])
+def test_texts_that_share_the_buffers_turn_back(kind, rule, monkeypatch):
+    """Each text launches its next round and then has to leave for the other: as if it were alone, in every round."""
+    monkeypatch.undo()
+    length = AdaptiveDraft(round=0.3, token=0.1, longest=12)
+    for seed in range(1 if rule == "greedy" else 3):
+        alone = []
+        for prompt in SHARED:
+            rows, _ = started(decoder(kind, rule, length, device=True), [prompt + b"ab" * seed], 40)
+            alone.append([rows.round()[0] for _ in range(40)])
+        mine = decoder(kind, rule, length, device=True)
+        both, texts = [started(mine, [prompt + b"ab" * seed], 40)[0] for prompt in SHARED], [[], []]
+        for _ in range(40):
+            for text, rows in zip(texts, both, strict=True):
+                text.append(rows.round()[0])
+                rows.ahead()
+        assert texts == alone
+
+
+def test_buffers_in_use_stay(monkeypatch):
+    """A text that goes on all the time keeps its buffers, whatever comes and goes beside it."""
+    made, own = [], device_rows.DeviceBuffers._make
+    monkeypatch.setattr(device_rows.DeviceBuffers, "_make", lambda self, *key: made.append(key) or own(self, *key))
+    mine = decoder("ngram", "greedy", 6, device=True, rows=1)
+    lasting, _ = started(mine, [b"abc the mat"], 60)
+    lasting.round()
+    for rows in range(2, 2 + 2 * device_rows.KEPT):
+        lasting.round()
+        other, _ = started(mine, [b"the cat"] * rows, 3)
+        for _ in range(2):
+            other.round()
+    assert len([key for key in made if key[0] == 1]) == 1
+
+
+@pytest.mark.parametrize("each", [1, 2])
+def test_a_text_that_goes_on_without_drafts_is_caught_up(each):
+    mine = decoder("subwords", "exact", 6, device=True)
+    session = mine.verifier.session()
+    session.feed(b"abc ")
+    generation = mine.generate_bytes(session, 0, Sampling(seed=1), context=b"abc ")
+    stream, text = generation.stream, b""
+    for _ in range(140):
+        text += b"".join(mine.generate_bytes(session, each, Sampling(seed=1), stream=stream))
+    text += b"".join(mine.generate_bytes(session, 30, Sampling(seed=1), stream=stream))
+    assert len(text) == 140 * each + 30 and len(stream.tail_ids()[0]) < 64
+    assert session.position == 4 + len(text)
+
+
+def test_an_interrupt_is_not_lost_where_nobody_asks_again(monkeypatch):
+    """It comes when the generation is closed, and the session stands behind what was given out."""
+    mine = decoder("near", "exact", 6, device=True)
+    session = mine.verifier.session()
+    generation = mine.generate_bytes(session, 60, Sampling(seed=1), context=b"abc")
+    text = next(generation)
+
+    def interrupted(self):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(DeviceRows, "ahead", interrupted)
+    text += next(generation)
+    with pytest.raises(KeyboardInterrupt):
+        generation.close()
+    assert session.position == len(text)
+
+
+def test_the_first_byte_does_not_wait_for_a_round(monkeypatch):
+    rounds, own = [], DeviceRows._take_off
+    monkeypatch.setattr(DeviceRows, "_take_off", lambda self: rounds.append(1) or own(self))
+    mine = decoder("near", "exact", 6, device=True)
+    generation = mine.generate_bytes(mine.verifier.session(), 60, Sampling(seed=1), context=b"abc")
+    assert len(next(generation)) == 1 and not rounds
+    assert next(generation) and len(rounds) == 2
+
+
+def test_rounds_behind_the_end_give_nothing():
+    mine = decoder("near", "exact", 6, device=True)
+    rows, _ = started(mine, [b"abc"], 40)
+    rows.round()
+    rows.finish()
+    rows.ahead()
+    assert rows.done and rows.round() == [b""] and rows._flight is None
+
+
+OPEN = """
+from milonga.inference import LanguageModel, Sampling
+from milonga.inference.drafters import NgramDrafter
+from milonga.inference.speculative import SpeculativeDecoder
+from tests.inference.helpers import MAMBA
+
+lm = LanguageModel(MAMBA.build(seed=0))
+generation = SpeculativeDecoder(lm, NgramDrafter()).generate_bytes(lm.session(), 60, Sampling(seed=1))
+print(len(next(generation) + next(generation)))
+"""
+
+
+def test_a_process_may_end_amid_a_speculation():
+    done = subprocess.run([sys.executable, "-c", OPEN], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and done.stdout.strip().isdigit() and not done.stderr, done.stderr
 
 
 @pytest.mark.parametrize(

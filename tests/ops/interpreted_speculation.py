@@ -121,3 +121,15 @@ def test_a_decision(kind: str, seed: int) -> None:
     assert torch.equal(found[0].result[:, [0, 2, 3, 4]], found[1].result[:, [0, 2, 3, 4]])
     assert torch.equal(found[0].result[~broken], found[1].result[~broken])
     assert torch.equal(found[0].keep, found[1].keep) and found[0].keep[2] == 0
+
+
+def test_running_sums_never_step_back():
+    """Also where most tokens have next to no mass: what lies between two equal sums is never drawn."""
+    torch.manual_seed(1)
+    for _ in range(12):
+        mine, inputs = draft_of(1), inputs_of(1, len(TOKENS))
+        inputs.temperature.fill_(0.15)
+        mine.first.copy_(torch.tensor([[0, len(TOKENS), 0]]))
+        triton.draw_token_(torch.randn(1, 5, len(TOKENS)) * 3, inputs, vocabulary(), mine, True, False)
+        steps = mine.sums[0, 0].diff()
+        assert steps.min() >= 0 and (steps == 0).any() and mine.sums[0, 0, -1] == 1

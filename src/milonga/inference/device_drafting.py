@@ -123,6 +123,7 @@ class DeviceDrafter:
         self._inputs = DraftInputs(*(mail[name] for name in DraftInputs._fields))
         self._base, self._moving = network.init_state(rows), network.init_state(rows)
         self._behind = torch.zeros(rows, size, dtype=self._wide(), device=device)
+        self._before = network.init_state(rows), torch.zeros_like(self._behind)  # what `undo` goes back to
         whole = torch.zeros(rows, limit + 1, dtype=torch.int64, device=device)
         number = whole[:, 0].contiguous()
         sums = torch.zeros(0 if greedy else tokens, rows, size + 1, dtype=torch.float64, device=device)
@@ -143,6 +144,7 @@ class DeviceDrafter:
         self._step: Replay[None] | None = None
         self._stream: ModelStream | None = None
         self._last: tuple[int, list[list[int]], list[int], tuple[Tensor, tuple[Trace, ...]]] | None = None
+        self._settled: tuple[list[list[int]], list[int]] | None = None
 
     def _wide(self) -> torch.dtype:
         return torch.promote_types(self._network.head.weight.dtype, torch.float32)
@@ -189,6 +191,12 @@ class DeviceDrafter:
         assert stream is not None
         tails = stream.tail_ids()
         width = max(1, -(-max(map(len, tails)) // _PAD)) * _PAD
+        if width > self._tail:  # it went on for long without a draft
+            self.leave()
+            stream.catch_up()
+            self.take(stream)
+            tails = stream.tail_ids()
+            width = max(1, -(-max(map(len, tails)) // _PAD)) * _PAD
         assert width <= self._tail, f"{width} tokens to read again"
         settled = stream.settled(tails)
         host = self._mail.host
@@ -213,7 +221,8 @@ class DeviceDrafter:
         self.drafted.count.zero_()
 
     def settle(self) -> None:
-        """Move the stream's state on behind tokens that will not be cut anew, if there are enough of them."""
+        """Begin to move the stream's state on behind tokens that will not be cut anew, if there are enough of them. The
+        stream knows of it from `stay` on; until then `undo` takes it back."""
         if self._stream is None or self._last is None:
             return
         width, tails, settled, (behind, trace) = self._last
@@ -223,6 +232,8 @@ class DeviceDrafter:
         counts = self._mail.device["settled"][:, 0]
 
         def work() -> None:
+            copy_state(self._before[0], self._base)
+            self._before[1].copy_(self._behind)
             self._network.commit_(self._base, trace, counts)
             index = counts[:, None, None].expand(-1, 1, behind.shape[2])
             self._behind.copy_(behind.gather(1, index)[:, 0])
@@ -235,7 +246,20 @@ class DeviceDrafter:
             self._settle[width]()
         else:  # without a graph the trace is another one each time
             work()
-        self._stream.moved_on(tails, settled)
+        self._settled = tails, settled
+
+    def stay(self) -> None:
+        """What was settled stands."""
+        if self._stream is not None and self._settled is not None:
+            self._stream.moved_on(*self._settled)
+        self._settled = None
+
+    def undo(self) -> None:
+        """Go back to before what was settled, if there was anything since `stay`."""
+        if self._settled is not None:
+            copy_state(self._base, self._before[0])
+            self._behind.copy_(self._before[1])
+        self._settled = self._last = None
 
     def _ending(self, tail: list[int]) -> tuple[int, int, int, int, int]:
         """Of the last token: its id; its range of the sorted vocabulary, longer ones from the second on; its bytes."""

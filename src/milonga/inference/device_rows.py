@@ -96,6 +96,10 @@ class DeviceBuffers:
             verifier.load(owner.state)
         return verifier, drafter
 
+    def touch(self, key: _Key) -> None:
+        """These are in use."""
+        self._made[key] = self._made.pop(key)
+
     def give_back(self, owner: "DeviceRows") -> None:
         """These texts are through."""
         for key in [key for key, other in self._owners.items() if other is owner]:
@@ -162,6 +166,7 @@ class DeviceRows(SpeculativeRows):
             try:
                 self._flight = self._take_off()
             except BaseException:
+                self._flight = None
                 self._undo()
                 raise
 
@@ -186,6 +191,8 @@ class DeviceRows(SpeculativeRows):
             torch.cuda.current_stream(self._device).synchronize()
         if self._verifier is not None and self._state is self._verifier.state:
             self._verifier.undo()
+        if self._drafter is not None:
+            self._drafter.undo()
 
     def _turn_back(self) -> None:
         """Nobody wants the round that is under way any more."""
@@ -209,6 +216,8 @@ class DeviceRows(SpeculativeRows):
         drafting = flight.wait()
         verifier = self._verifier
         assert verifier is not None
+        if self._drafter is not None:
+            self._drafter.stay()
         verdicts = verifier.verdicts()
         if any(verdict.broken and row.left for verdict, row in zip(verdicts, self._rows, strict=True)):
             raise UserError("generate: the model predicts nan or infinity for the next token; its weights are damaged")
@@ -246,6 +255,7 @@ class DeviceRows(SpeculativeRows):
     def _come_in(self, longest: int) -> DeviceVerifier:
         verifier = self._verifier
         if verifier is not None and longest <= self._room and self._state is verifier.state:
+            self._buffers.touch((self.count, verifier.limit, self._mode == "greedy"))
             return verifier  # nobody has come between
         self._room = max(self._room, longest)  # a text near its end stays where it is
         verifier, self._drafter = self._buffers.take(self, self._mode == "greedy", self._room)

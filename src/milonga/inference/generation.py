@@ -1,7 +1,8 @@
 """Writing a text token by token: what comes out, when it ends, and what is known afterwards."""
 
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator
+from contextlib import closing
 from typing import Generic, Literal, NamedTuple, Protocol, TypeVar
 
 import numpy as np
@@ -99,7 +100,7 @@ class Generation(Generic[Piece]):
         n: int,
         sampler: Sampler,
         logprobs: int | None,
-        pieces: Callable[["Generation[Piece]", Iterator[bytes]], Generator[Piece, None, None]],
+        pieces: Callable[["Generation[Piece]", Generator[bytes, None, None]], Generator[Piece, None, None]],
     ):
         self._session, self._n, self._sampler, self._alternatives = session, n, sampler, logprobs
         self._pieces = pieces(self, self._drawn())
@@ -163,26 +164,28 @@ class Generation(Generic[Piece]):
         return Logprob(names[token], float(scores[token]), tuple((names[i], float(scores[i])) for i in likeliest))
 
 
-def as_bytes(generation: Generation[bytes], chunks: Iterator[bytes]) -> Generator[bytes, None, None]:
+def as_bytes(generation: Generation[bytes], chunks: Generator[bytes, None, None]) -> Generator[bytes, None, None]:
     """The bytes as they are."""
-    for data in chunks:
-        if data:
-            yield data
+    with closing(chunks):  # what goes wrong at their end is told, not left to the collector
+        for data in chunks:
+            if data:
+                yield data
 
 
-def as_text(pending: bytes) -> Callable[[Generation[str], Iterator[bytes]], Generator[str, None, None]]:
+def as_text(pending: bytes) -> Callable[[Generation[str], Generator[bytes, None, None]], Generator[str, None, None]]:
     """Whole characters behind a text that ends in `pending`; bytes that are not UTF-8 come out as U+FFFD.
 
     A character that the last token cuts is left to the session, unless the text ends there by a stop.
     """
 
-    def pieces(generation: Generation[str], chunks: Iterator[bytes]) -> Generator[str, None, None]:
+    def pieces(generation: Generation[str], chunks: Generator[bytes, None, None]) -> Generator[str, None, None]:
         stream = Utf8Stream(pending)
-        for data in chunks:
-            text = stream.feed(data)
-            if generation.stop_reason == "stop":
-                text += stream.flush()
-            if text:
-                yield text
+        with closing(chunks):
+            for data in chunks:
+                text = stream.feed(data)
+                if generation.stop_reason == "stop":
+                    text += stream.flush()
+                if text:
+                    yield text
 
     return pieces

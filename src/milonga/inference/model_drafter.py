@@ -31,6 +31,7 @@ from milonga.inference.acceptance import LANE_DRAFT, LANE_END, RowDraft
 from milonga.inference.drafters import Dice, SureDraft
 from milonga.inference.language_model import LanguageModel
 from milonga.inference.runner import NetworkRunner, Runner
+from milonga.layers.base import Trace
 from milonga.models.network import NetworkState
 from milonga.ops.speculation import draw_ranks
 from milonga.state import clone, merge
@@ -220,18 +221,22 @@ class ModelStream:
         """Read the last tokens: -> (the state behind those that have ended, the prediction there, the bytes of the
         token that has not, what moves on behind tokens that are settled). Up to `limit` steps follow."""
         rows, tails = range(len(self._tails)), self.tail_ids()
-        longest = max(map(len, tails))
-        read = [length + len(tail) for length, tail in zip(self._lengths, tails, strict=True)]
-        self._runner.ensure(max(read) + limit)  # a step gives a byte or more
-        padded = torch.tensor([tail + [0] * (longest - len(tail)) for tail in tails], dtype=torch.int64)
-        logits, trace = self._runner.verify(padded.to(self._device), self.state)
-        behind = torch.cat([self.behind[:, None], logits[:, :longest].to(self.behind.dtype)], 1)
+        behind, trace = self._read_again(tails, limit)  # a step gives a byte or more
         lasts = [self._drafter.tokens[tail[-1]] if tail else b"" for tail in tails]
         before = behind[list(rows), [max(len(tail) - 1, 0) for tail in tails]]
         open_ = self._open(lasts, before, temperature, dice)
         keep = [len(tail) - bool(prefix) for tail, prefix in zip(tails, open_, strict=True)]
         state = self._runner.commit(self.state, trace, keep)
         return state, behind[list(rows), keep], open_, partial(self._settle, tails, behind, trace)
+
+    def _read_again(self, tails: list[list[int]], room: int = 0) -> tuple[Float[Tensor, "B T V"], tuple[Trace, ...]]:
+        """Read the last tokens, with room for so many steps behind them: -> (the predictions from before them on, the
+        trace)."""
+        longest = max(map(len, tails))
+        self._runner.ensure(max(length + len(tail) for length, tail in zip(self._lengths, tails, strict=True)) + room)
+        padded = torch.tensor([tail + [0] * (longest - len(tail)) for tail in tails], dtype=torch.int64)
+        logits, trace = self._runner.verify(padded.to(self._device), self.state)
+        return torch.cat([self.behind[:, None], logits[:, :longest].to(self.behind.dtype)], 1), trace
 
     def _open(
         self, lasts: list[bytes], before: Float[Tensor, "B V"], temperature: float, dice: Sequence[Dice]
@@ -256,6 +261,13 @@ class ModelStream:
             state = self._runner.commit(self.state, trace, settled)
             self.move(state, behind[list(range(len(tails))), settled], own=True)
             self.moved_on(tails, settled)
+
+    @torch.inference_mode()
+    def catch_up(self) -> None:
+        """Read what was written and will not be cut anew, where texts went on without a draft."""
+        tails = self.tail_ids()
+        behind, trace = self._read_again(tails)
+        self._settle(tails, behind, trace)
 
     def tail_ids(self) -> list[list[int]]:
         """The tokens of each text that the state does not stand behind yet."""

@@ -6,8 +6,9 @@ reading them again. So a round costs one pass of the verifier and gives one byte
 """
 
 import dataclasses
+import sys
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 
 import torch
 from jaxtyping import Float
@@ -200,7 +201,7 @@ class SpeculativeGeneration(Generation[Piece]):
         n: int,
         sampler: Sampler,
         stream: DraftStream,
-        pieces: Callable[[Generation[Piece], Iterator[bytes]], Generator[Piece, None, None]],
+        pieces: Callable[[Generation[Piece], Generator[bytes, None, None]], Generator[Piece, None, None]],
     ):
         super().__init__(session, n, sampler, None, pieces)
         self._decoder, self._speculated, self.stream = decoder, session, stream
@@ -218,6 +219,7 @@ class SpeculativeGeneration(Generation[Piece]):
         start = self._speculated.mark()
         text = bytearray()
         rows = self._decoder.rows(start.state, start.logits[None], self.stream, [self._sampler], [self._n], [until])
+        failed: BaseException | None = None
         try:
             while not rows.done:
                 began = time.perf_counter()
@@ -231,7 +233,8 @@ class SpeculativeGeneration(Generation[Piece]):
                     certain += finder.rest() if finder is not None else b""
                 given = bytes(certain)
                 certain.clear()
-                failed = _failure(rows.ahead)
+                if len(text) > 1:  # the first byte is there at once, whatever is to be compiled
+                    failed = _failure(rows.ahead)
                 self.seconds += time.perf_counter() - began
                 yield given  # before anything that went wrong, so that nobody misses it
                 if failed is not None:
@@ -239,10 +242,15 @@ class SpeculativeGeneration(Generation[Piece]):
             self.stop_reason = self.stop_reason or "length"
         finally:  # through, closed, interrupted, or a broken model
             self.stop_reason = self.stop_reason or "closed"
-            if text:
+            if text and not sys.is_finalizing():  # at the end of the process there is nothing left to work with
                 state, logits = rows.finish()
                 ids = self._speculated.codec.encode(bytes(text))
                 self._speculated.rewind(start.advanced(ids, state, logits[0].clone(), self._speculated.codec))
+            try:
+                if failed is not None and not isinstance(failed, Exception):  # an interrupt, though nobody asked again
+                    raise failed
+            finally:
+                del failed  # its traceback holds this frame
 
 
 def _failure(work: Callable[[], None]) -> BaseException | None:

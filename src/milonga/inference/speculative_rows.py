@@ -257,7 +257,7 @@ class SpeculativeRows:
     @torch.inference_mode()
     def finish(self) -> tuple[NetworkState, Float[Tensor, "B V"]]:
         """Read the last byte of every row, by a single step: -> (the state behind all that was written, the logits of
-        the next bytes)."""
+        the next bytes). No round follows."""
         if any(row.last is not None for row in self._rows):
             keep = [0 if row.last is None else 1 for row in self._rows]
             self._runner.ensure(self._longest())
@@ -269,6 +269,8 @@ class SpeculativeRows:
             self._logits = torch.where(moved[:, None], logits[:, 0], self._logits.to(logits.dtype))
             for row in self._rows:
                 row.last = None
+        for row in self._rows:
+            row.left = 0
         return clone(self._state), self._logits.clone()  # the runner may use its buffers again
 
     def _longest(self) -> int:

@@ -39,6 +39,8 @@ def choose(
         v = tl.load(row + token, mask=inside, other=float("-inf"))
         scale = (1.0 / temperature).to(tl.float32) * LOG2_E
         weights = tl.where(inside, tl.exp2((v - tl.max(tl.max(v, 1), 0)) * scale), 0.0).to(tl.float64)
+        # to multiples of 2^-36: sums of up to 2^16 of them are exact in any order, and never step back
+        weights = (weights + 65536.0) - 65536.0
         lines = tl.sum(weights, 1)
         behind = tl.cumsum(lines, 0)
         total = tl.cumsum(weights, 1) + (behind - lines)[:, None]
