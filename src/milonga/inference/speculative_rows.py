@@ -37,7 +37,7 @@ class SpeculationStats:
     redone: int = 0  # bytes decided by single steps, because the two likeliest were too close (rule `greedy`)
     replayed: int = 0  # the single steps this took
     draft_seconds: float = 0.0
-    verify_seconds: float = 0.0  # passes, decisions and commits
+    verify_seconds: float = 0.0  # passes, decisions and commits; of rounds launched ahead what was waited for
 
     @property
     def acceptance(self) -> float:
