@@ -95,6 +95,10 @@ def vocabulary_of(drafter: ModelDrafter) -> Vocabulary:
     return Vocabulary(drafter.order, *tables)
 
 
+def _padded(tails: list[list[int]]) -> int:
+    return max(1, -(-max(map(len, tails)) // _PAD)) * _PAD
+
+
 class DeviceDrafter:
     """Static buffers in which a `ModelDrafter` drafts for B rows. As `DeviceVerifier`, called in inference mode.
 
@@ -190,13 +194,12 @@ class DeviceDrafter:
         stream = self._stream
         assert stream is not None
         tails = stream.tail_ids()
-        width = max(1, -(-max(map(len, tails)) // _PAD)) * _PAD
-        if width > self._tail:  # it went on for long without a draft
+        if _padded(tails) > self._tail:  # it went on for long without a draft
             self.leave()
             stream.catch_up()
             self.take(stream)
             tails = stream.tail_ids()
-            width = max(1, -(-max(map(len, tails)) // _PAD)) * _PAD
+        width = _padded(tails)
         assert width <= self._tail, f"{width} tokens to read again"
         settled = stream.settled(tails)
         host = self._mail.host

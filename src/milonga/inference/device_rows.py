@@ -96,10 +96,6 @@ class DeviceBuffers:
             verifier.load(owner.state)
         return verifier, drafter
 
-    def touch(self, key: _Key) -> None:
-        """These are in use."""
-        self._made[key] = self._made.pop(key)
-
     def give_back(self, owner: "DeviceRows") -> None:
         """These texts are through."""
         for key in [key for key, other in self._owners.items() if other is owner]:
@@ -166,8 +162,7 @@ class DeviceRows(SpeculativeRows):
             try:
                 self._flight = self._take_off()
             except BaseException:
-                self._flight = None
-                self._undo()
+                self._go_back(self._state)
                 raise
 
     def leave(self) -> None:
@@ -180,16 +175,13 @@ class DeviceRows(SpeculativeRows):
         self._verifier = self._drafter = None
 
     def _go_back(self, state: NetworkState) -> None:
-        self._flight = None
+        """As there: undoes the round that was launched last, once the device is through with it, since what it still
+        reads is the host's to write again from here on."""
         super()._go_back(state)
-        self._undo()
-
-    def _undo(self) -> None:
-        """Undo the round that was launched last, once the device is through with it: what it still reads is the host's
-        to write again from here on."""
+        self._flight = None
         if self._times is not None:
             torch.cuda.current_stream(self._device).synchronize()
-        if self._verifier is not None and self._state is self._verifier.state:
+        if self._verifier is not None and state is self._verifier.state:
             self._verifier.undo()
         if self._drafter is not None:
             self._drafter.undo()
@@ -197,8 +189,7 @@ class DeviceRows(SpeculativeRows):
     def _turn_back(self) -> None:
         """Nobody wants the round that is under way any more."""
         if self._flight is not None:
-            self._flight = None
-            self._undo()
+            self._go_back(self._state)
 
     def finish(self) -> tuple[NetworkState, Float[Tensor, "B V"]]:
         """As `SpeculativeRows.finish`."""
@@ -253,10 +244,6 @@ class DeviceRows(SpeculativeRows):
         return _Flight(wait, time.perf_counter() - began)
 
     def _come_in(self, longest: int) -> DeviceVerifier:
-        verifier = self._verifier
-        if verifier is not None and longest <= self._room and self._state is verifier.state:
-            self._buffers.touch((self.count, verifier.limit, self._mode == "greedy"))
-            return verifier  # nobody has come between
         self._room = max(self._room, longest)  # a text near its end stays where it is
         verifier, self._drafter = self._buffers.take(self, self._mode == "greedy", self._room)
         if self._state is not verifier.state:  # after a byte that single steps decided

@@ -58,12 +58,11 @@ class AdaptiveDraft:
 
     def tokens(self, acceptance: float, token_bytes: float) -> int:
         """The best number of tokens, where each byte stands with this chance and tokens have so many bytes."""
-        best, most = 1, 0.0
-        for count in range(1, self.longest + 1):
-            rate = expected_bytes(acceptance, min(count * token_bytes, LONGEST)) / (self.round + count * self.token)
-            if rate > most:
-                best, most = count, rate
-        return best
+        rates = [
+            expected_bytes(acceptance, min(count * token_bytes, LONGEST)) / (self.round + count * self.token)
+            for count in range(1, self.longest + 1)
+        ]
+        return rates.index(max(rates)) + 1
 
 
 DraftLength = int | AdaptiveDraft

@@ -25,18 +25,16 @@ def choose(
     """
     if GREEDY:
         i = tl.arange(0, BLOCK)
-        inside = i < V
-        token = tl.load(order + i, mask=inside, other=0)
-        v = tl.load(row + token, mask=inside, other=float("-inf"))
+    else:  # lines of 8: a sum runs within lines and over them, not through all warps for every eighth of the places
+        i = tl.arange(0, BLOCK // 8)[:, None] * 8 + tl.arange(0, 8)[None, :]
+    inside = i < V
+    token = tl.load(order + i, mask=inside, other=0)
+    v = tl.load(row + token, mask=inside, other=float("-inf"))
+    if GREEDY:
         among = tl.where((i >= lo) & (i < hi), v, float("-inf"))
         best = tl.argmax(among, 0).to(tl.int64)
         empty = lo >= hi
     else:
-        # lines of 8: a sum runs within lines and over them, not through all warps for every eighth of the places
-        i = tl.arange(0, BLOCK // 8)[:, None] * 8 + tl.arange(0, 8)[None, :]
-        inside = i < V
-        token = tl.load(order + i, mask=inside, other=0)
-        v = tl.load(row + token, mask=inside, other=float("-inf"))
         scale = (1.0 / temperature).to(tl.float32) * LOG2_E
         weights = tl.where(inside, tl.exp2((v - tl.max(tl.max(v, 1), 0)) * scale), 0.0).to(tl.float64)
         # to multiples of 2^-36: sums of up to 2^16 of them are exact in any order, and never step back
