@@ -9,6 +9,7 @@ from torch import Tensor
 
 from milonga.ops import causal_conv, rms_norm, rotary, swiglu
 from milonga.ops.causal_conv import ERROR_BOUND
+from milonga.ops.layer_norm import from_rows, layer_norm_and_rows
 from milonga.segments import Segments
 from tests.ops.helpers import assert_compiles_to_the_same, relative_rms
 from tests.ops.test_causal_conv import make
@@ -147,6 +148,34 @@ def test_rms_norm(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     check(norm, [randn(*shape, dtype=dtype), randn(shape[-1])])
     if dtype == torch.float32:
         check(norm_of_sum, [randn(*shape), randn(*shape), randn(shape[-1])])
+
+
+@pytest.mark.parametrize("layer", [False, True])
+@pytest.mark.parametrize("stream", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(0, 8), (3000, 40), (2, 5, 257), (3001, 1536), (9, 8192)])
+def test_gradients_without_the_sum(shape: tuple[int, ...], stream: torch.dtype, layer: bool) -> None:
+    """The backward pass reads bf16 in place of the sum: values to the last bit, gradients within rounding."""
+    x, residual, weight = randn(*shape, dtype=torch.bfloat16), randn(*shape, dtype=stream), randn(shape[-1])
+    weight[::7] = 0.0
+    values = [x, residual, weight, randn(shape[-1]) * 10] if layer else [x, residual, weight]
+    found, kept = [], []
+    for keep_sum in (True, False):
+        leaves = [value.clone().requires_grad_() for value in values]
+        options = {"residual": leaves[1], "dtype": torch.bfloat16, "keep_sum": keep_sum}
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.dtype) or t, lambda t: t):
+            if layer:
+                y, total, rows = layer_norm_and_rows(leaves[0], *leaves[2:], **options)
+                assert rows is None or relative_rms(from_rows(rows, *leaves[2:]), y) <= 2.0**-8
+            else:
+                y, total = rms_norm(leaves[0], leaves[2], **options)
+        torch.manual_seed(1)
+        upstream = [torch.randn_like(y), torch.randn_like(total)]
+        found.append([y, total, *torch.autograd.grad((y, total), leaves, upstream)])
+    assert kept[0] == stream and kept[len(kept) // 2] == torch.bfloat16
+    assert torch.equal(found[0][1], found[1][1]) and torch.equal(found[0][0], found[1][0])
+    for usual, other in zip(found[0][2:], found[1][2:], strict=True):
+        assert other.dtype == usual.dtype
+        assert relative_rms(other, usual) <= 2.0**-8
 
 
 @pytest.mark.parametrize("dtype", LOW)

@@ -52,7 +52,7 @@ def test_it_is_the_ops_one_by_one(dtype, shape, whole: bool, fused: bool, monkey
         torch.manual_seed(seed)
         made = make(1, 200, 40, 128, 16, 16, 4) if isinstance(shape, str) else make(*shape)
         inputs = {name: made[name].cuda().to(dtype if name in (*SAME, *PRODUCTS) else torch.float32) for name in names}
-        outputs, upstream, gradients = run(mamba_mixer, inputs, None, segments=segments)
+        outputs, upstream, gradients = run(mamba_mixer, inputs, None, segments=segments, keep_u=whole)
         usual_outputs, _, others = run(one_by_one, inputs, upstream, segments=segments)
         assert all(torch.equal(a, b) for a, b in zip(outputs, usual_outputs, strict=True))
         wide = {name: value.double() for name, value in inputs.items()}

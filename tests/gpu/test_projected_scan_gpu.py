@@ -65,11 +65,12 @@ def test_the_same_bits_on_every_run() -> None:
         assert all(torch.equal(a, b) for a, b in zip((*first[0], *first[2]), (*second[0], *second[2]), strict=True))
 
 
-@pytest.mark.parametrize("names", [("conv", "scan"), ("scan",), CHEAP])
-def test_a_network_trains_to_the_same(names: tuple[str, ...]) -> None:
+@pytest.mark.parametrize("names", [("conv", "scan"), ("scan",), ("sum",), ("sum", "scan"), CHEAP])
+@pytest.mark.parametrize("norm", ["rms_norm", "layer_norm"])
+def test_a_network_trains_to_the_same(names: tuple[str, ...], norm: str) -> None:
     """bf16 by autocast: the loss to the last bit, gradients within rounding of those with everything kept."""
     config = ModelConfig(
-        vocab_size=256, d_model=128, pattern="mamba", repeats=3, layers={"mamba": MambaConfig(d_state=16)}
+        vocab_size=256, d_model=128, pattern="mamba", repeats=3, layers={"mamba": MambaConfig(d_state=16)}, norm=norm
     )
     network = config.build(device="cuda")
     tokens = torch.randint(0, 256, (2, 301), generator=torch.Generator().manual_seed(0)).cuda()
@@ -105,6 +106,31 @@ def test_what_is_kept() -> None:
     kept, usual, other = held.values()
     assert kept - usual >= 1.9 * wide, "u and dt"
     assert usual - other >= 0.9 * wide, "the scan's output"
+
+
+@pytest.mark.parametrize("norm", ["rms_norm", "layer_norm"])
+def test_the_residual_stream_is_not_kept(norm: str) -> None:
+    """With `sum` what a layer takes from the stream is freed once the next has added to it: 4 bytes a number."""
+    config = ModelConfig(
+        vocab_size=256, d_model=512, pattern="mamba", repeats=6, layers={"mamba": MambaConfig()}, norm=norm
+    )
+    network, tokens = config.build(device="cuda"), torch.randint(0, 256, (2, 2048), device="cuda")
+    held = {}
+    for names in ((), ("sum",), ("norm", "sum"), ("norm",)):
+        network.recompute = names
+        for _ in range(2):  # the first compiles, and fills workspaces
+            network.zero_grad(set_to_none=True)
+            torch.cuda.synchronize()
+            before = torch.cuda.memory_allocated()
+            with torch.autocast("cuda", torch.bfloat16):
+                loss = network(tokens, targets=tokens).losses.mean()
+            held[names] = torch.cuda.memory_allocated() - before
+            loss.backward()
+    stream = 4 * 2 * 2048 * 512 * 5  # bytes, before all layers but the first
+    freed = stream if norm == "rms_norm" else stream // 2  # rows in bf16 are kept for it
+    assert abs(held[()] - held["sum",] - freed) <= stream // 10
+    freed = 0 if norm == "rms_norm" else stream // 2
+    assert abs(held["norm",] - held["norm", "sum"] - freed) <= stream // 10
 
 
 def test_a_second_derivative_is_refused() -> None:

@@ -35,7 +35,7 @@ class NormOfSum(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, residual, weight, bias=None):
         ctx.set_materialize_grads(False)
-        y, total, mean, scale = triton.forward_norm(x, residual, weight, bias, 1e-5, x.dtype, bias is not None)
+        y, total, _, mean, scale = triton.forward_norm(x, residual, weight, bias, 1e-5, x.dtype, bias is not None)
         ctx.save_for_backward(total, weight, mean, scale)
         return y, total
 
@@ -43,7 +43,8 @@ class NormOfSum(torch.autograd.Function):
     def backward(ctx, grad, grad_total):
         total, weight, mean, scale = ctx.saved_tensors
         biased = mean.numel() > 0 or (len(ctx.needs_input_grad) == 4 and ctx.needs_input_grad[3])
-        made = triton.backward_norm(grad, grad_total, total, weight, biased, mean, scale, total.dtype, biased)
+        dtypes = total.dtype, total.dtype
+        made = triton.backward_norm(grad, grad_total, total, weight, biased, mean, scale, *dtypes, biased)
         return made[0], made[0], made[2], made[3] if biased else None
 
 
@@ -66,6 +67,30 @@ def _few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton, "_WARPS", 8)
 
 
+class NotFromSum(torch.autograd.Function):
+    """The norm of a sum whose backward pass reads y, or with a mean and a bias the normalised rows, not the sum."""
+
+    @staticmethod
+    def forward(ctx, x, residual, weight, bias=None):
+        ctx.centre = bias is not None
+        y, total, normal, mean, scale = triton.forward_norm(
+            x, residual, weight, bias, 1e-5, x.dtype, ctx.centre, keep_sum=False
+        )
+        if ctx.centre:
+            assert relative_rms(triton.affine(normal, weight, bias), y.double()) <= ERROR_BOUND
+        ctx.save_for_backward(normal if ctx.centre else y, weight, mean, scale)
+        return y, total
+
+    @staticmethod
+    def backward(ctx, grad, grad_total):
+        kept, weight, mean, scale = ctx.saved_tensors
+        dtypes = kept.dtype, kept.dtype
+        made = triton.backward_norm(
+            grad, grad_total, kept, weight, ctx.centre, mean, scale, *dtypes, ctx.centre, kept_sum=False
+        )
+        return made[0], made[0], made[2], made[3] if ctx.centre else None
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 def test_matches_reference(shape: tuple[int, ...]) -> None:
     x, weight = torch.randn(shape), torch.randn(shape[-1])
@@ -78,6 +103,24 @@ def test_matches_reference(shape: tuple[int, ...]) -> None:
         assert_matches(NormOfSum.apply, layer_of_sum, values, ERROR_BOUND)
 
 
+@pytest.mark.parametrize("shape", SHAPES)
+def test_gradients_from_the_output(shape: tuple[int, ...]) -> None:
+    """In fp32, where y says as much as the sum does."""
+    values = [torch.randn(shape), torch.randn(shape), torch.randn(shape[-1])]
+    assert_matches(NotFromSum.apply, of_sum, values, ERROR_BOUND)
+    if shape[-1] > 1:
+        assert_matches(NotFromSum.apply, layer_of_sum, [*values, torch.randn(shape[-1])], ERROR_BOUND)
+
+
+def test_gradients_from_the_output_where_weights_are_zero() -> None:
+    weight = torch.randn(40)
+    weight[::3] = 0.0
+    weight[1::3] *= torch.logspace(-25, 0, 13)
+    values = [torch.randn(9, 40), torch.randn(9, 40), weight]
+    assert_matches(NotFromSum.apply, of_sum, values, ERROR_BOUND)
+    assert_matches(NotFromSum.apply, layer_of_sum, [*values, 100 * torch.randn(40)], ERROR_BOUND)
+
+
 def test_sum_that_nobody_reads() -> None:
     values = [torch.randn(5, 40), torch.randn(5, 40), torch.randn(40)]
     assert_matches(lambda *v: NormOfSum.apply(*v)[:1], lambda *v: of_sum(*v)[:1], values, ERROR_BOUND)
@@ -86,7 +129,7 @@ def test_sum_that_nobody_reads() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_residual_is_the_norm_of_the_rounded_sum(dtype: torch.dtype) -> None:
     x, residual, weight = torch.randn(5, 700).to(dtype), torch.randn(5, 700).to(dtype), torch.randn(700)
-    y, total, _, scale = triton.forward_norm(x, residual, weight, None, 1e-5, dtype, False)
+    y, total, _, _, scale = triton.forward_norm(x, residual, weight, None, 1e-5, dtype, False)
     eps = torch.finfo(dtype).eps
     if dtype == torch.bfloat16:  # the interpreter cuts bits off where the GPU rounds
         assert relative_rms(total, x.double() + residual.double()) <= eps
@@ -95,17 +138,19 @@ def test_residual_is_the_norm_of_the_rounded_sum(dtype: torch.dtype) -> None:
     plain, plain_scale = triton.forward(total, weight, 1e-5)
     assert torch.equal(y, plain) and torch.equal(scale, plain_scale)
     assert relative_rms(y, rms_norm_reference(total.double(), weight, 1e-5)) <= ERROR_BOUND + eps
-    grad_x, narrow, grad_weight, _ = triton.backward_norm(y, total, total, weight, False, scale, scale, dtype, False)
+    kept = y, total, total, weight, False, scale, scale
+    grad_x, narrow, grad_weight, _ = triton.backward_norm(*kept, dtype, dtype, False)
     assert grad_x.dtype == dtype and grad_weight.dtype == torch.float32 and narrow.numel() == 0
 
 
 def test_stream_in_fp32_beside_layers_in_bf16() -> None:
     branch, stream, weight = torch.randn(5, 700).bfloat16(), torch.randn(5, 700), torch.randn(700)
-    y, total, _, scale = triton.forward_norm(branch, stream, weight, None, 1e-5, torch.bfloat16, False)
+    y, total, _, _, scale = triton.forward_norm(branch, stream, weight, None, 1e-5, torch.bfloat16, False)
     assert total.dtype == torch.float32 and torch.equal(total, stream + branch)
     eps = torch.finfo(torch.bfloat16).eps
     assert relative_rms(y, rms_norm_reference(total.double(), weight, 1e-5)) <= eps
-    wide, narrow, _, _ = triton.backward_norm(y, total, total, weight, False, scale, scale, torch.bfloat16, False)
+    kept = y, total, total, weight, False, scale, scale
+    wide, narrow, _, _ = triton.backward_norm(*kept, torch.float32, torch.bfloat16, False)
     assert wide.dtype == torch.float32 and narrow.dtype == torch.bfloat16
     assert relative_rms(narrow, wide.double()) <= eps
 

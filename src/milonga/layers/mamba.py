@@ -242,8 +242,8 @@ class Mamba(Layer):
         return y, MambaTrace(columns, MambaState(conv_final, ssm_final), u, dt, B, segments)
 
     def _one_node(self, x: Float[Tensor, "B T D"]) -> bool:
-        """Whether nothing is to be kept that `mamba_mixer` would make again, and the projections are products."""
-        if not (forgotten("scan") and forgotten("conv") and takes(x)):
+        """Whether the scan's output is not to be kept, and the projections are products."""
+        if not (forgotten("scan") and takes(x)):
             return False
         return products(self.in_proj, self.x_proj, self.dt_proj, self.out_proj)
 
@@ -259,7 +259,7 @@ class Mamba(Layer):
         return mamba_mixer(
             x, self.in_proj.weight, self.conv_weight, self.conv_bias, self.x_proj.weight, self.dt_proj.weight,
             scan.A(), self.out_proj.weight, D=scan.D, dt_bias=scan.dt_bias, conv_initial=conv_initial,
-            initial=ssm_initial, segments=segments, recast=forgotten("cast"),
+            initial=ssm_initial, segments=segments, recast=forgotten("cast"), keep_u=not forgotten("conv"),
         )  # fmt: skip
 
     def _project_and_scan(

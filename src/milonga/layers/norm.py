@@ -8,8 +8,9 @@ from torch import Tensor, nn
 
 from milonga.layers.base import KeepFp32, bare
 from milonga.layers.linear import products
+from milonga.layers.recompute import cheap, forgotten
 from milonga.ops.decode_step import Norm
-from milonga.ops.layer_norm import layer_norm
+from milonga.ops.layer_norm import from_rows, layer_norm_and_rows
 from milonga.ops.rms_norm import rms_norm
 
 NormKind = Literal["rms_norm", "layer_norm"]
@@ -35,7 +36,8 @@ class RMSNorm(KeepFp32):
         """-> like x, in autocast's dtype where that is on; sums at least fp32. With `branch`: (norm of sum, sum)."""
         if branch is None:
             return rms_norm(x, self.weight, eps=self.eps, dtype=_wanted(x))
-        return rms_norm(branch, self.weight, eps=self.eps, residual=x, dtype=_wanted(x))
+        keep_sum = forgotten("norm") or not forgotten("sum")  # the norm is made again from the sum
+        return rms_norm(branch, self.weight, eps=self.eps, residual=x, dtype=_wanted(x), keep_sum=keep_sum)
 
 
 class LayerNorm(KeepFp32):
@@ -52,8 +54,18 @@ class LayerNorm(KeepFp32):
     ) -> Float[Tensor, "*rows D"] | tuple[Float[Tensor, "*rows D"], Float[Tensor, "*rows D"]]:
         """As `RMSNorm.forward`."""
         first = x if branch is None else branch
-        residual = None if branch is None else x
-        return layer_norm(first, self.weight, self.bias, eps=self.eps, residual=residual, dtype=_wanted(x))
+        y, total, rows = layer_norm_and_rows(
+            first,
+            self.weight,
+            self.bias,
+            eps=self.eps,
+            residual=None if branch is None else x,
+            dtype=_wanted(x),
+            keep_sum=not forgotten("sum"),
+        )
+        if rows is not None:
+            y = cheap("norm", y, lambda rows: from_rows(rows, self.weight, self.bias), rows)
+        return y if branch is None else (y, total)
 
 
 def norm_of(module: nn.Module, *projections: nn.Module) -> Norm | None:

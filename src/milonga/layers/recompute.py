@@ -5,8 +5,10 @@ to be kept (`forgetting`). What the derivative of another op would have saved of
 recipe for it. Only the named result is made again, not the layer: norms, gates, short convolutions and rotations cost a
 few per cent of a step and are half of its memory.
 
-One result is made again by the backward pass of another op than its own: `scan`, the output of a Mamba layer's scan, is
-a by-product of the scan's own backward pass, and dt comes with it. A layer asks whether it is to be (`forgotten`).
+Two results are made again by the backward pass of an op rather than before it: `scan`, the output of a Mamba layer's
+scan, is a by-product of the scan's own backward pass, and dt comes with it; `sum`, the residual stream before a norm,
+is told from the norm's output, or from the normalised row that a layer norm leaves for it. A layer asks whether it is
+to be (`forgotten`).
 """
 
 from collections.abc import Callable, Collection, Iterator
@@ -17,7 +19,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-Cheap = Literal["norm", "gate", "conv", "dt", "rotary", "cast", "scan"]
+Cheap = Literal["norm", "sum", "gate", "conv", "dt", "rotary", "cast", "scan"]
 CHEAP: tuple[Cheap, ...] = get_args(Cheap)
 
 
@@ -107,6 +109,8 @@ def forgotten(name: Cheap) -> bool:
 def cheap(name: Cheap, value: Tensor, make: Callable[..., Tensor], *sources: Tensor) -> Tensor:
     """Say that `value` equals `make(*sources)`, and that making it again costs little beside keeping it.
 
+    What was said of a value first counts.
+
     Args:
         name: what kind of result it is.
         value: the result, as it was just computed; returned as it is.
@@ -118,5 +122,5 @@ def cheap(name: Cheap, value: Tensor, make: Callable[..., Tensor], *sources: Ten
     if here is not None and name in here.names and type(value) is Tensor and value.is_contiguous():
         storage = value.untyped_storage()
         if storage.nbytes() == value.nbytes:  # a view of something larger would not free it
-            here.recipes[storage.data_ptr()] = _Recipe(value, make, sources)
+            here.recipes.setdefault(storage.data_ptr(), _Recipe(value, make, sources))
     return value

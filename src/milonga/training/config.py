@@ -46,8 +46,10 @@ class TrainingConfig(BaseModel):
         device: `auto` takes a GPU where there is one; `cpu`, `cuda`, `cuda:1`.
         recompute: results that the backward pass makes again instead of keeping them, to save memory: any of `norm`,
             `gate`, `conv`, `dt`, `rotary`, `cast` (weights in bf16), `scan` (the output of a Mamba layer's scan, by
-            the scan's own backward pass, and dt with it). It changes no number, but that `scan` rounds some gradients
-            otherwise. With `compile: true` the compiler decides what to keep and this setting does nothing.
+            the scan's own backward pass, and dt with it), `sum` (the residual stream before a norm, on a GPU in bf16:
+            from what an RMS norm made of it, where `norm` is not named, or from a layer norm's rows before weight and
+            bias). It changes no number, but that `scan` and `sum` round some gradients otherwise. With `compile: true`
+            the compiler decides what to keep and this setting does nothing.
         residual: dtype of the residual stream where `precision` is bf16: `fp32` as in the papers' code, or `bf16`, that
             takes less memory and time.
         deterministic: the same bits on every run. False lets full attention on a GPU take a library's backward pass,
@@ -258,7 +260,7 @@ def set_key(settings: dict[str, Any], change: str) -> None:
 
 
 # what may differ between a run and its continuation: the number of steps also moves the rates of those to come, which
-# depend on it; the others leave what a step computes as it was, up to rounding (another device, `scan` recomputed)
+# depend on it; the others leave what a step computes as it was, up to rounding (another device, more made again)
 FREE_ON_RESUME = (
     "training.steps",
     "training.minutes",

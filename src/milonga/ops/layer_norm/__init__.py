@@ -43,6 +43,28 @@ def layer_norm(
 
     Source: Ba, Kiros and Hinton, "Layer Normalization" (2016).
     """
+    y, total, _ = layer_norm_and_rows(x, weight, bias, eps=eps, residual=residual, dtype=dtype)
+    return y if residual is None else (y, total)
+
+
+def layer_norm_and_rows(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    *,
+    eps: float = 1e-5,
+    residual: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+    keep_sum: bool = True,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """`layer_norm` with a choice of what its backward pass reads.
+
+    Without `keep_sum`, on a GPU and where y is bfloat16, it reads the rows `(total - mean) / std`, rounded as y is, in
+    place of `total`; `from_rows` makes y of them again.
+
+    Returns:
+        (y, `x + residual` or x, the rows or None).
+    """
     for name, value in (("weight", weight), ("bias", bias)):
         expect("layer_norm", name, value, "[D]", x.shape[-1:], (wide(x.dtype),), x.device)
     if residual is not None:
@@ -51,11 +73,17 @@ def layer_norm(
     chosen = choice("rms_norm", "auto", x.device.type, x.dtype)  # the kernel is shared with it
     if chosen == "triton":
         run = kernels("rms_norm", "triton").forward_norm if direct(x, chosen) else norm_op
-        y, total = run(x, residual, weight, bias, eps, dtype, True)[:2]
-        return y if residual is None else (y, total)
+        keep_sum = keep_sum or residual is None or dtype != torch.bfloat16
+        y, total, rows = run(x, residual, weight, bias, eps, dtype, True, keep_sum)[:3]
+        return y, x if residual is None else total, None if keep_sum else rows
     total = x if residual is None else x + residual
     y = F.layer_norm(total.to(weight.dtype), weight.shape, weight, bias, eps).to(dtype)
-    return y if residual is None else (y, total)
+    return y, total, None
 
 
-__all__ = ["ERROR_BOUND", "layer_norm", "layer_norm_reference"]
+def from_rows(rows: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """`rows * weight + bias` `[..., D]`, as `layer_norm_and_rows` gives them, in their dtype; not differentiable."""
+    return kernels("rms_norm", "triton").affine(rows, weight, bias)
+
+
+__all__ = ["ERROR_BOUND", "from_rows", "layer_norm", "layer_norm_and_rows", "layer_norm_reference"]

@@ -58,6 +58,7 @@ def mamba_mixer(
     initial: Tensor | None = None,
     segments: Segments | None = None,
     recast: bool = False,
+    keep_u: bool = False,
 ) -> Mixed:
     """The Mamba layer, from the norm's output to what is added to the residual stream::
 
@@ -69,7 +70,8 @@ def mamba_mixer(
         out = y @ out_weight^T
 
     The values are to the last bit those of the ops one by one, with gradients on. For the backward pass x, the product
-    with in_weight, the narrow product with x_weight and the scan's checkpoints are kept; u, dt and y are made again.
+    with in_weight, the narrow product with x_weight and the scan's checkpoints are kept; dt, y and, unless it is to be
+    kept, u are made again.
     The gradients of columns and z lie side by side, so that each gradient of the first projection is one product, and
     the gradients of fp32 weights are never rounded to the dtype of the products.
 
@@ -86,6 +88,7 @@ def mamba_mixer(
         initial: `[S E N]` float32, the state before each sequence; zero if absent.
         segments: where sequences start in a packed `[1, T]` batch. A sequence may be empty.
         recast: weights that are cast for the products are cast again in the backward pass, rather than kept.
+        keep_u: u is kept for the backward pass, rather than made again.
 
     Returns:
         `Mixed`. Gradients, of first order only, flow through every tensor, and through all that are returned.
@@ -102,7 +105,7 @@ def mamba_mixer(
     before = None if conv_initial is None else conv_initial.to(dtype)
     weights = (in_weight, conv_weight, conv_bias, x_weight, dt_weight, A, out_weight, D, dt_bias)
     _check(x, *weights, before, initial, segments)
-    return Mixed(*MambaMixer.apply(x.to(dtype), *weights, before, initial, segments, recast))
+    return Mixed(*MambaMixer.apply(x.to(dtype), *weights, before, initial, segments, recast, keep_u))
 
 
 def _check(

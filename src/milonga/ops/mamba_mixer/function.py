@@ -30,7 +30,7 @@ def _weight_gradient(upstream: Tensor, rows: Tensor, dtype: torch.dtype) -> Tens
 
 
 class MambaMixer(torch.autograd.Function):
-    """Keeps x, the wide and the narrow product, and the scan's checkpoints; makes u, dt and y again.
+    """Keeps x, the wide and the narrow product, and the scan's checkpoints; makes dt and y again, and u on request.
 
     Kept tensors go through `save_for_backward`, so that x may in turn be made again (`layers.recompute`).
     """
@@ -52,6 +52,7 @@ class MambaMixer(torch.autograd.Function):
         initial: Tensor | None,
         segments: Segments | None,
         recast: bool,
+        keep_u: bool,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
         width, sizes = A.shape[0], (dt_weight.shape[1], A.shape[1], A.shape[1])
         masters = in_weight, x_weight, dt_weight, out_weight
@@ -70,7 +71,7 @@ class MambaMixer(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.segments, ctx.backend, ctx.initial, ctx.device = segments, backend, initial is not None, x.device.type
         ctx.dtypes = tuple(weight.dtype for weight in masters)
-        saved = (x, wide, narrow, kept, conv_weight, conv_bias, A, D, dt_bias, conv_initial)
+        saved = (x, wide, narrow, kept, conv_weight, conv_bias, A, D, dt_bias, conv_initial, u if keep_u else None)
         ctx.save_for_backward(*saved, *(masters if recast else weights))
         return product(y, weights.out), columns, conv_final, u, final, dt, B
 
@@ -107,12 +108,13 @@ def _gradients(
     more_B: Tensor | None,
 ) -> tuple[Tensor | None, ...]:
     """Of all that `MambaMixer` takes; those named `more_` come from uses of outputs beside the chain."""
-    x, wide, narrow, kept, conv_weight, conv_bias, A, D, dt_bias, before, *taken = ctx.saved_tensors
+    x, wide, narrow, kept, conv_weight, conv_bias, A, D, dt_bias, before, u, *taken = ctx.saved_tensors
     weights = _Weights(*(weight.to(x.dtype) for weight in taken))
     width = A.shape[0]
     offsets = None if ctx.segments is None else ctx.segments.on(x.device)
     columns, z = wide.split(width, -1)
-    u = kernels("causal_conv", ctx.backend).forward(columns, conv_weight, conv_bias, before, offsets, True)[0]
+    if u is None:
+        u = kernels("causal_conv", ctx.backend).forward(columns, conv_weight, conv_bias, before, offsets, True)[0]
     found = _scan_gradients(
         ctx, grad_out, grad_final, more_dt, more_B, weights, u, z, narrow, kept, (A, D, dt_bias), offsets
     )
@@ -131,7 +133,8 @@ def _gradients(
     grad_x_weight, grad_dt_weight, grad_out_weight = found.weights
     return (
         grad_x, grad_into, grad_conv_weight, grad_conv_bias, grad_x_weight, grad_dt_weight, grad_A, grad_out_weight,
-        grad_D, grad_bias, None if before is None else grad_before, grad_initial if ctx.initial else None, None, None,
+        grad_D, grad_bias, None if before is None else grad_before, grad_initial if ctx.initial else None,
+        None, None, None,
     )  # fmt: skip
 
 

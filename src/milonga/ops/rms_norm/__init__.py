@@ -24,6 +24,7 @@ def rms_norm(
     eps: float = 1e-5,
     residual: None = None,
     dtype: torch.dtype | None = None,
+    keep_sum: bool = True,
     backend: str = "auto",
 ) -> Tensor: ...
 
@@ -47,6 +48,7 @@ def rms_norm(
     eps: float = 1e-5,
     residual: Tensor | None = None,
     dtype: torch.dtype | None = None,
+    keep_sum: bool = True,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
     """`x / sqrt(mean(x^2) + eps) * weight` over the last dimension D; with `residual`, of the sum of both.
@@ -62,6 +64,9 @@ def rms_norm(
         eps: added to the mean square.
         residual: shape of x, and its dtype, or one of the two float32; none if absent.
         dtype: of y; by default that of x.
+        keep_sum: what the backward pass reads of a sum. If false, on a GPU and where y is bfloat16, it reads y instead,
+            which whoever takes y keeps as well, so that the sum need not be kept. Its gradients then carry y's rounding
+            of the normalised row. A weight nearer to 0 than 2^-60 counts as that.
         backend: `auto`, `reference`, `cpu` or `triton`.
 
     Returns:
@@ -84,7 +89,8 @@ def rms_norm(
     chosen = choice("rms_norm", backend, x.device.type, x.dtype)
     if chosen == "triton" and (residual is not None or dtype != x.dtype):
         run = kernels("rms_norm", "triton").forward_norm if direct(x, chosen) else norm_op
-        y, total = run(x, residual, weight.float(), None, eps, dtype, False)[:2]
+        keep_sum = keep_sum or residual is None or dtype != torch.bfloat16
+        y, total = run(x, residual, weight.float(), None, eps, dtype, False, keep_sum)[:2]
         return y if residual is None else (y, total)
     if residual is not None:
         total = x + residual
