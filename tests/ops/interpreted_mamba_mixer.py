@@ -48,13 +48,14 @@ def test_matches_float64(states: int, packed: bool) -> None:
     assert_matches(fast, exact, list(inputs.values()), ERROR_BOUND)
 
 
-def test_with_the_product_in_the_convolution(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("shape", [(1, 17), (3, 1)])
+def test_with_the_product_in_the_convolution(shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
     own = triton.conv_backward
     monkeypatch.setattr(triton, "suits", lambda *_: True)
     monkeypatch.setattr(triton, "conv_backward", lambda *a: calls.append(1) or own(*a))
     torch.manual_seed(0)
-    inputs = list(make(1, 17, 9, 128, 16, 8).values())[:10]
+    inputs = list(make(*shape, 9, 128, 16, 8).values())[:10]
     for index in range(2):  # of the output alone; through the convolution's last columns it goes the other way
 
         def exact(*tensors: torch.Tensor, index: int = index) -> list[torch.Tensor]:
@@ -70,7 +71,8 @@ def test_with_the_product_in_the_convolution(monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.mark.parametrize(
-    ("batch", "time", "width", "columns", "length", "ahead"), [(1, 30, 128, 40, 61, 4), (2, 61, 256, 96, 29, 2)]
+    ("batch", "time", "width", "columns", "length", "ahead"),
+    [(1, 30, 128, 40, 61, 4), (2, 61, 256, 96, 29, 2), (3, 1, 128, 40, 61, 4)],
 )
 def test_the_convolution_with_the_product(
     batch: int, time: int, width: int, columns: int, length: int, ahead: int, monkeypatch: pytest.MonkeyPatch
@@ -83,6 +85,8 @@ def test_the_convolution_with_the_product(
     narrow, into = torch.randn(batch * time, columns), torch.randn(columns, width) / columns**0.5
     weight, bias = torch.randn(width, 4) / 2, torch.randn(width)
     grad_u, x = pair[..., :width], wide[..., width:]
+    if time == 1:  # rows of one step lie as far apart as ever, whatever the stride of their only step
+        grad_u = grad_u.as_strided(grad_u.shape, (2 * width, width, 1))
     out = torch.full((batch, time, 2 * width), float("nan"))
     found = triton.conv_backward(grad_u, narrow, into, x, weight, bias, out[..., :width])
     leaves = [value.double().requires_grad_() for value in (x, weight, bias)]

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from milonga.ops.causal_conv import triton_kernels
+from milonga.ops.cpu_arrays import row_stride
 from milonga.ops.mamba_mixer import gluon_convolution
 
 CHANNELS, WARPS, TURN, TAPS, DEPTH = 128, 4, 16, 4, 32
@@ -54,6 +55,8 @@ def conv_backward(
     into, taps, bias = into.contiguous(), weight.contiguous(), bias.contiguous()
     blocks = width // CHANNELS
     length = chunk_length(batch, time, blocks)
+    g_step, x_step, out_step = (row_stride(rows) for rows in (grad_u, x, grad_x))
+    assert None not in (g_step, x_step, out_step)
     slots = batch * -(-time // length)
     partial = torch.empty((slots, TAPS + 1, width), dtype=torch.float32, device=x.device)
     grad_weight, grad_bias = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (weight, bias))
@@ -61,8 +64,8 @@ def conv_backward(
         if slots > 0:
             gluon_convolution.conv_backward[(-(-slots // WARPS) * blocks,)](
                 grad_u, narrow, into, x, taps, bias, grad_x, partial, time, narrow.shape[-1],
-                slots, length, narrow.stride(0), into.stride(0), E=width, g_step=grad_u.stride(1), x_step=x.stride(1),
-                out_step=grad_x.stride(1), BLOCKS=-(-narrow.shape[-1] // DEPTH), AHEAD=_AHEAD,
+                slots, length, narrow.stride(0), into.stride(0), E=width, g_step=g_step, x_step=x_step,
+                out_step=out_step, BLOCKS=-(-narrow.shape[-1] // DEPTH), AHEAD=_AHEAD,
                 num_warps=WARPS, maxnreg=_REGISTERS,
             )  # fmt: skip
         triton_kernels.conv_sums[(-(-width // 32), TAPS + 1)](
