@@ -75,7 +75,7 @@ def slots_of(batch: int, time: int, sequences: int, packed: bool, length: int) -
 
 
 @triton.jit(do_not_specialize=["count"])
-def _sum_rows(values, out, count, width, ROWS: tl.constexpr, CH: tl.constexpr):
+def _sum_rows(values, out, rest, count, width, first_width, ROWS: tl.constexpr, CH: tl.constexpr):
     column = tl.program_id(0) * CH + tl.arange(0, CH)[None, :]
     row = tl.arange(0, ROWS)[:, None]
     total = tl.zeros([ROWS, CH], tl.float32)
@@ -83,16 +83,23 @@ def _sum_rows(values, out, count, width, ROWS: tl.constexpr, CH: tl.constexpr):
         at = (first + row).to(tl.int64) * width + column
         total += tl.load(values + at, mask=(first + row < count) & (column < width), other=0.0)
     at = tl.program_id(0) * CH + tl.arange(0, CH)
-    tl.store(out + at, tl.sum(total, 0), mask=at < width)
+    found = tl.sum(total, 0)
+    tl.store(out + at, found, mask=at < first_width)
+    tl.store(rest + at - first_width, found, mask=(at >= first_width) & (at < width))
 
 
-def sum_rows(values: Tensor) -> Tensor:
-    """The sum over the first dimension of a contiguous fp32 `[P, D]`, in a fixed order: one launch."""
+def sum_rows(values: Tensor, first: int) -> tuple[Tensor, Tensor]:
+    """The sum over the first dimension of a contiguous fp32 `[P, D]`, in a fixed order: one launch.
+
+    -> (its first numbers, the others), each in memory of its own.
+    """
     count, width = values.shape
-    out = torch.empty(width, dtype=torch.float32, device=values.device)
+    out, rest = (torch.empty(size, dtype=torch.float32, device=values.device) for size in (first, width - first))
     if width:
         tall = min(power_of_two(count), 256)
         columns = min(power_of_two(width), 4096 // tall)
         with torch.cuda.device_of(values):
-            _sum_rows[(-(-width // columns),)](values, out, count, width, ROWS=tall, CH=columns, num_warps=8)
-    return out
+            _sum_rows[(-(-width // columns),)](
+                values, out, rest, count, width, first, ROWS=tall, CH=columns, num_warps=8
+            )  # fmt: skip
+    return out, rest

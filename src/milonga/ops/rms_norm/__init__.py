@@ -37,6 +37,7 @@ def rms_norm(
     eps: float = 1e-5,
     residual: Tensor,
     dtype: torch.dtype | None = None,
+    keep_sum: bool = True,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]: ...
 

@@ -112,7 +112,7 @@ def _parts_of(pointer, row, step, end, width, CH: tl.constexpr, PARTS: tl.conste
 
 @triton.jit(do_not_specialize=["count", "length"])
 def _backward(
-    grad, grad_total, x, weight, mean, scale, grad_x, grad_narrow, partial, partial_bias, count, width, length,
+    grad, grad_total, x, weight, mean, scale, grad_x, grad_narrow, partial, count, width, length,
     grad_step, total_step, x_step,
     ROWS: tl.constexpr, CH: tl.constexpr, PARTS: tl.constexpr, ADD: tl.constexpr, CENTRE: tl.constexpr,
     BIAS: tl.constexpr, NARROW: tl.constexpr, KEPT: tl.constexpr,
@@ -192,12 +192,12 @@ def _backward(
         upstream = next_upstream
         if ADD:
             more = next_more
-    row = tl.program_id(0).to(tl.int64) * width
+    row = tl.program_id(0).to(tl.int64) * width * (2 if BIAS else 1)
     for part in tl.static_range(PARTS):
         at = part * CH + tl.arange(0, CH)
         tl.store(partial + row + at, tl.sum(sums[part], 0), mask=at < width)
         if BIAS:
-            tl.store(partial_bias + row + at, tl.sum(shifts[part], 0), mask=at < width)
+            tl.store(partial + row + width + at, tl.sum(shifts[part], 0), mask=at < width)
 
 
 class Normed(NamedTuple):
@@ -288,14 +288,13 @@ def backward_norm(
     tile = _tile(count, width)
     length = -(-count * tile["num_warps"] // _WARPS // tile["ROWS"]) * tile["ROWS"]
     programs = -(-count // length)
-    partial = torch.empty((programs, width), dtype=torch.float32, device=kept.device)
-    partial_bias = torch.empty((programs, width if biased else 0), dtype=torch.float32, device=kept.device)
+    partial = torch.empty((programs, width * (1 + biased)), dtype=torch.float32, device=kept.device)
     (grad, grad_step), (kept, step) = rows(grad, width), rows(kept, width)
     more, more_step = (grad, grad_step) if grad_total is None else rows(grad_total, width)
     with torch.cuda.device_of(grad):
         _backward[(programs,)](
-            grad, more, kept, weight.contiguous(), mean, scale, grad_x, narrow, partial, partial_bias, count, width,
+            grad, more, kept, weight.contiguous(), mean, scale, grad_x, narrow, partial, count, width,
             length, grad_step, more_step, step, ADD=grad_total is not None, CENTRE=centre, BIAS=biased,
             NARROW=narrow.numel() > 0, KEPT=_kept(kept_sum, centre or biased), **tile,
         )  # fmt: skip
-    return grad_x, narrow, sum_rows(partial), sum_rows(partial_bias)
+    return grad_x, narrow, *sum_rows(partial, width)
