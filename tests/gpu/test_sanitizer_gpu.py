@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from milonga.inference import LanguageModel, Sampling
-from milonga.inference.captured import CapturedRunner
 from milonga.segments import Segments
 from tests.gpu.helpers import CONFIGS, decoder
 
