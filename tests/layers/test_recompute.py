@@ -115,6 +115,17 @@ def test_without_gradients_nothing_is_recorded(names: tuple[str, ...]) -> None:
     assert model.made == 1
 
 
+def test_a_kept_tensor_written_in_between_is_an_error() -> None:
+    """PyTorch does not look for that where there are hooks."""
+    x = torch.randn(5, 8, requires_grad=True)
+    with forgetting(("gate",)):
+        y = x.exp()
+    with torch.no_grad():
+        y.mul_(2)
+    with pytest.raises(RuntimeError, match=r"\[5, 8\] .* written in place"):
+        y.sum().backward()
+
+
 def test_a_source_written_in_between_is_an_error() -> None:
     model, x = Chain(), torch.randn(5, 8, requires_grad=True)
     with forgetting(("gate",)):

@@ -72,6 +72,25 @@ def assert_matches(
         )
 
 
+def spread(tensor: Tensor) -> Tensor:
+    """The same numbers, each with another behind it in memory."""
+    return torch.stack([tensor, torch.full_like(tensor, 7)], -1)[..., 0]
+
+
+def assert_strides_change_nothing(op: Callable[..., Any], inputs: list[Tensor]) -> None:
+    """Outputs and gradients, to the last bit, where no argument lies in one piece."""
+    results = []
+    for values in (inputs, [spread(value) for value in inputs]):
+        leaves = [value.detach().requires_grad_(value.is_floating_point()) for value in values]
+        outputs = op(*leaves)
+        torch.manual_seed(5)
+        upstream = [torch.randn(output.shape).to(output.dtype) for output in outputs]
+        wanted = [leaf for leaf in leaves if leaf.requires_grad]
+        results.append([*outputs, *torch.autograd.grad(outputs, wanted, upstream)])
+    for plain, strided in zip(*results, strict=True):
+        assert torch.equal(plain, strided)
+
+
 def assert_only_the_gradients_asked_for(op: Callable[..., Any], inputs: dict[str, Tensor]) -> None:
     """The gradient of `out` by one input alone is, to the last bit, that beside all others."""
     leaves = {name: value.clone().requires_grad_() for name, value in inputs.items()}

@@ -13,7 +13,7 @@ from torch import Tensor
 from milonga.ops.causal_conv import ERROR_BOUND, causal_conv, triton
 from milonga.ops.gpu.triton_parts import rows, slots_of
 from milonga.segments import Segments
-from tests.ops.helpers import assert_matches, relative_rms
+from tests.ops.helpers import assert_matches, assert_strides_change_nothing, relative_rms
 from tests.ops.interpreter import prepare
 from tests.ops.test_causal_conv import ORDER, make
 
@@ -71,6 +71,11 @@ def _short_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 SHAPES = [(1, 0, 5, 4), (2, 1, 33, 4), (1, 14, 140, 4), (1, 7, 7, 1), (1, 13, 18, 2), (1, 12, 3, 3), (2, 9, 17, 8)]
+
+
+def test_strides_change_nothing() -> None:
+    inputs = make(2, 14, 40, 4)
+    assert_strides_change_nothing(conv(tuple(inputs)), list(inputs.values()))
 
 
 @pytest.mark.parametrize("shape", SHAPES)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from milonga.ops.decode_step import ERROR_BOUND, MambaWeights, Norm, ReplayInputs, reference, triton
-from tests.ops.helpers import relative_rms
+from tests.ops.helpers import relative_rms, spread
 from tests.ops.interpreter import prepare
 
 prepare()
@@ -144,6 +144,28 @@ def test_a_row_does_not_depend_on_the_others() -> None:
         assert torch.equal(triton.mamba_step_(x[rows], norm, weights, some_conv, some_ssm), whole[rows])
         assert torch.equal(some_conv, conv_after[rows]) and torch.equal(some_ssm, ssm_after[rows])
     assert whole[4].isnan().all() and not whole[[0, 1, 2, 3, 5, 6, 7, 8]].isnan().any()
+
+
+def test_replay_of_inputs_that_are_not_in_one_piece() -> None:
+    """One step of each row, whose strides mean nothing along time; and one number of steps for all rows."""
+    A_log, bias, states = torch.randn(50, 16), torch.randn(50), (torch.randn(3, 3, 50), torch.randn(3, 50, 16))
+    for time in (1, 4):
+        inputs = ReplayInputs(*(torch.randn(3, time, width) for width in (50, 50, 50, 16)))
+        rows = ReplayInputs(*(torch.cat([v, v], -1)[..., : v.shape[-1]] for v in inputs))
+        if time == 1:
+            rows = ReplayInputs(*(v.as_strided(v.shape, (v.stride(0), v.shape[-1], 1)) for v in rows))
+        results = []
+        keep = torch.tensor([1])
+        for given, steps in (
+            (inputs, keep.repeat(3)),
+            (rows, keep.expand(3)),
+            (ReplayInputs(*map(spread, inputs)), keep.expand(3)),
+        ):
+            conv, ssm = (state.clone() for state in states)
+            triton.mamba_replay_(given, A_log, bias, steps, conv, ssm)
+            results.append((conv, ssm))
+        for other in results[1:]:
+            assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
 @pytest.mark.parametrize(("time", "taps", "states"), [(5, 4, 16), (2, 8, 3), (3, 1, 4)])

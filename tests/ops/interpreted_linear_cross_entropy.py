@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from milonga.ops.linear_cross_entropy import ERROR_BOUND, linear_cross_entropy_reference, triton
-from tests.ops.helpers import relative_rms
+from tests.ops.helpers import relative_rms, spread
 from tests.ops.interpreter import prepare
 
 prepare()
@@ -36,6 +36,19 @@ def test_matches_reference(count: int, width: int, classes: int, chunk: int, bia
     expected_bias = [slopes[2]] if biased else [slopes[2][:0]]
     for got, right in zip(sloped, (losses, totals, *slopes[:2], *expected_bias), strict=True):
         assert torch.equal(got, right)
+
+
+def test_strides_change_nothing() -> None:
+    x, weight, bias, upstream = torch.randn(20, 12), torch.randn(30, 12), torch.randn(30), torch.rand(20)
+    targets, results = torch.randint(0, 30, (20,)), []
+    for turned in (torch.clone, spread):
+        given = [turned(value) for value in (x, weight, targets, bias)]
+        losses, totals = triton.forward(*given, -100, 7)
+        gradients = triton.backward(turned(upstream), *given, totals, -100, 7)
+        together = triton.forward_sloped(*given, -100, 7)
+        results.append([losses, totals, *gradients, *together])
+    for plain, strided in zip(*results, strict=True):
+        torch.testing.assert_close(plain, strided, rtol=1e-5, atol=1e-5)  # PyTorch's products differ by strides
 
 
 def test_unknown_targets_and_nan_give_nan_in_their_row_alone() -> None:

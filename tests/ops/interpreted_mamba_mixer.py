@@ -72,7 +72,7 @@ def test_with_the_product_in_the_convolution(shape: tuple[int, int], monkeypatch
 
 @pytest.mark.parametrize(
     ("batch", "time", "width", "columns", "length", "ahead"),
-    [(1, 30, 128, 40, 61, 4), (2, 61, 256, 96, 29, 2), (3, 1, 128, 40, 61, 4)],
+    [(1, 30, 128, 40, 61, 4), (2, 61, 256, 96, 29, 2), (3, 1, 128, 40, 61, 4), (2, 0, 128, 40, 61, 4)],
 )
 def test_the_convolution_with_the_product(
     batch: int, time: int, width: int, columns: int, length: int, ahead: int, monkeypatch: pytest.MonkeyPatch

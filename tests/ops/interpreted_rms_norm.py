@@ -9,7 +9,7 @@ from torch import Tensor
 
 from milonga.ops.layer_norm import layer_norm_reference
 from milonga.ops.rms_norm import ERROR_BOUND, rms_norm, rms_norm_reference, triton
-from tests.ops.helpers import assert_matches, relative_rms
+from tests.ops.helpers import assert_matches, assert_strides_change_nothing, relative_rms
 from tests.ops.interpreter import prepare
 
 prepare()
@@ -164,6 +164,14 @@ def test_slices_and_transposes() -> None:
         grad = triton.backward(x, x, weight, scale)
         dense = triton.backward(x.contiguous(), x.contiguous(), weight, scale)
         assert all(torch.equal(a, b) for a, b in zip(grad, dense, strict=True))
+
+
+def test_strides_change_nothing() -> None:
+    values = [torch.randn(5, 40), torch.randn(5, 40), torch.randn(40), torch.randn(40)]
+    assert_strides_change_nothing(NormOfSum.apply, values)
+    for op in (NormOfSum.apply, NotFromSum.apply):
+        assert_strides_change_nothing(lambda *v, op=op: op(*v), values[:3])
+    assert_strides_change_nothing(NotFromSum.apply, values)
 
 
 def test_nan_stays_in_its_row() -> None:

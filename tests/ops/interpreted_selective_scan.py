@@ -11,7 +11,7 @@ from torch import Tensor
 
 from milonga.ops.selective_scan import ERROR_BOUND, selective_scan, triton
 from milonga.segments import Segments
-from tests.ops.helpers import assert_matches, relative_rms
+from tests.ops.helpers import assert_matches, assert_strides_change_nothing, relative_rms, spread
 from tests.ops.interpreter import prepare
 from tests.ops.test_selective_scan import OPTIONAL, ORDER, make
 
@@ -153,6 +153,19 @@ def test_halves_of_a_projection_need_no_copy() -> None:
     plain = triton.forward(*(inputs[name] for name in ORDER), None, False)
     strided = triton.forward(*({**inputs, "x": x, "z": z}[name] for name in ORDER), None, False)
     assert all(torch.equal(a, b) for a, b in zip(plain, strided, strict=True))
+
+
+@pytest.mark.parametrize("states", [4, 16])
+def test_strides_change_nothing(states: int) -> None:
+    inputs = make(2, 9, 20, states)
+    assert_strides_change_nothing(scan(ORDER), [inputs[name] for name in ORDER])
+    few = triton.forward(*(inputs[name] for name in ORDER), None, False)
+    assert inputs["x"].shape[1] > triton.FEW
+    plain, strided = (
+        triton._steps(*(turned(inputs[name]) for name in ORDER), None) for turned in (torch.clone, spread)
+    )
+    assert all(torch.equal(a, b) for a, b in zip(plain, strided, strict=True))
+    assert all(relative_rms(a, b) <= ERROR_BOUND for a, b in zip(plain[:2], few[:2], strict=True))
 
 
 @pytest.mark.parametrize("name", ORDER)

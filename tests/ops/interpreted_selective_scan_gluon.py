@@ -8,7 +8,7 @@ import torch
 
 from milonga.ops.selective_scan import ERROR_BOUND, HALF_GRADIENT_BOUND, gluon
 from milonga.segments import Segments
-from tests.ops.helpers import relative_rms
+from tests.ops.helpers import assert_strides_change_nothing, relative_rms
 from tests.ops.interpreted_selective_scan import ORDER, check, gated_again, reference, scan
 from tests.ops.selective_scan_gluon_emulator import Emulated
 from tests.ops.test_selective_scan import OPTIONAL, make
@@ -47,6 +47,11 @@ def test_output_from_the_backward_pass_of_packed_sequences() -> None:
     segments = Segments.from_lengths((0, 35, 0, 3))
     y, again = gated_again(make(1, segments.total, 8, 16, segments.count), segments)
     assert relative_rms(again, y) <= ERROR_BOUND
+
+
+def test_strides_change_nothing() -> None:
+    inputs = make(1, 40, 20, gluon.STATES)
+    assert_strides_change_nothing(scan(ORDER), [inputs[name] for name in ORDER])
 
 
 def test_only_the_final_state_used() -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from milonga.ops.window_attention import ERROR_BOUND, triton, window_attention
 from milonga.segments import Segments
-from tests.ops.helpers import relative_rms
+from tests.ops.helpers import relative_rms, spread
 from tests.ops.interpreter import prepare
 from tests.ops.test_window_attention import ring
 
@@ -205,6 +205,13 @@ def test_decoding_matches_reference(lengths, heads, groups, widths, window, past
     plan = triton._Plan(*inputs, position, None, window, 0.25)
     assert triton._way(plan, window) == "decode"
     check(inputs, position, segments, window, 0.25)
+
+
+@pytest.mark.parametrize("time", [1, 40])
+@pytest.mark.parametrize("turned", [spread, lambda position: position[:1].expand(2)])
+def test_positions_that_are_not_in_one_piece(time: int, turned) -> None:
+    inputs, position, _ = make((time, time), 2, 1, (16, 16), (19, (12, 12)), False)
+    check(inputs, turned(position), None, 20, 0.25)
 
 
 @pytest.mark.parametrize("which", [0, 1, 2])

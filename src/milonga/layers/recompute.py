@@ -14,7 +14,7 @@ to be (`forgotten`).
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -54,6 +54,22 @@ class _Recipe:
         return value
 
 
+class _Kept(NamedTuple):
+    """A tensor that is kept, and how often it had been written by then."""
+
+    tensor: Tensor
+    version: int
+
+
+class _Again(NamedTuple):
+    """A view of a tensor that is made again."""
+
+    recipe: _Recipe
+    shape: torch.Size
+    stride: tuple[int, ...]
+    offset: int
+
+
 class _Forgetting:
     """The results that are not kept, by the address of their memory, while a forward pass is under way."""
 
@@ -61,19 +77,23 @@ class _Forgetting:
         self.names = frozenset(names)
         self.recipes: dict[int, _Recipe] = {}
 
-    def pack(self, tensor: Tensor) -> "Tensor | tuple[_Recipe, torch.Size, tuple[int, ...], int]":
+    def pack(self, tensor: Tensor) -> "_Kept | _Again":
         recipe = self.recipes.get(tensor.untyped_storage().data_ptr()) if self.recipes else None
         if recipe is None or tensor.dtype != recipe.layout[2]:
-            return tensor
+            return _Kept(tensor, tensor._version)
         recipe.wanted += 1
-        return recipe, tensor.shape, tensor.stride(), int(tensor.storage_offset())
+        return _Again(recipe, tensor.shape, tensor.stride(), int(tensor.storage_offset()))
 
     @staticmethod
-    def unpack(packed: "Tensor | tuple[_Recipe, torch.Size, tuple[int, ...], int]") -> Tensor:
-        if isinstance(packed, Tensor):
-            return packed
-        recipe, shape, stride, offset = packed
-        return recipe.again().as_strided(shape, stride, offset)
+    def unpack(packed: "_Kept | _Again") -> Tensor:
+        if isinstance(packed, _Again):
+            return packed.recipe.again().as_strided(packed.shape, packed.stride, packed.offset)
+        if packed.tensor._version != packed.version:  # PyTorch does not look where there are hooks
+            raise RuntimeError(
+                f"recompute: a tensor {list(packed.tensor.shape)} that the backward pass needs was written in place "
+                "after the forward pass had kept it; write to a copy"
+            )
+        return packed.tensor
 
 
 _active: ContextVar[_Forgetting | None] = ContextVar("forgetting", default=None)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from milonga.ops.causal_conv import triton_kernels
-from milonga.ops.gpu.triton_parts import power_of_two, rows, slots_of
+from milonga.ops.gpu.triton_parts import dense, power_of_two, rows, slots_of
 
 # Channels of a program: four a lane.
 _CHANNELS = 128
@@ -74,7 +74,7 @@ def forward(
     bounds = x if offsets is None else offsets
     with torch.cuda.device_of(x):
         triton_kernels.conv_forward[(programs,)](
-            x, weight, weight if bias is None else bias, before, bounds, y, final,
+            x, weight, dense(bias, weight), before, bounds, y, final,
             plan.time, plan.width, plan.sequences, length, x_step, K=_AHEAD, **plan.constants(bias, initial, silu),
         )  # fmt: skip
     return y, final
@@ -113,7 +113,7 @@ def backward(
     bounds = x if offsets is None else offsets
     with torch.cuda.device_of(x):
         triton_kernels.conv_backward[(slots * plan.blocks,)](
-            upstream, after, x, weight, weight if bias is None else bias, before, bounds, grad_x, partial, grad_initial,
+            upstream, after, x, weight, dense(bias, weight), before, bounds, grad_x, partial, grad_initial,
             plan.time, plan.width, plan.sequences, length, g_step, x_step, grad_x.stride(1),
             K=_AHEAD_BACKWARD, Y=grad_y is not None, FINAL=grad_final is not None,
             **plan.constants(bias, initial, silu),

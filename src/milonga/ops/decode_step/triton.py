@@ -8,6 +8,7 @@ from torch import Tensor
 
 from milonga.ops.decode_step import triton_kernels
 from milonga.ops.decode_step.reference import MambaWeights, Norm, ReplayInputs
+from milonga.ops.gpu.triton_parts import rows
 
 # Programs that share the sum of the narrow product to dt, B and C, at most.
 _SPLITS = 8
@@ -169,13 +170,15 @@ def mamba_replay_(
     inputs: ReplayInputs, A_log: Tensor, dt_bias: Tensor, keep: Tensor, conv: Tensor, ssm: Tensor
 ) -> None:
     """As `milonga.ops.decode_step.mamba_replay_`."""
-    columns, x, dt, into = (value if value.stride(-1) == 1 else value.contiguous() for value in inputs)
-    assert all(value.stride(0) == x.shape[1] * value.stride(1) for value in (x, dt, into))
-    batch, time, inner = x.shape
+    columns = inputs.columns if inputs.columns.stride(-1) == 1 else inputs.columns.contiguous()
+    batch, time, inner = inputs.x.shape
+    x, x_step = rows(inputs.x, inner)
+    dt, dt_step = rows(inputs.dt, inner)
+    into, into_step = rows(inputs.B, inputs.B.shape[-1])
     states = A_log.shape[1]
     triton_kernels.replay[(-(-inner // _CHANNELS), batch)](
-        columns, x, dt, into, A_log, dt_bias, keep, conv, ssm, time, inner, columns.stride(0), columns.stride(1),
-        x.stride(1), dt.stride(1), into.stride(1),
+        columns, x, dt, into, A_log, dt_bias, keep.contiguous(), conv, ssm, time, inner, columns.stride(0),
+        columns.stride(1), x_step, dt_step, into_step,
         STATES=states, N=_power(states), CH=_CHANNELS, W=conv.shape[1] + 1, num_warps=4,
     )  # fmt: skip
 

@@ -28,6 +28,11 @@ def rows(tensor: Tensor | None, width: int) -> tuple[Tensor | None, int]:
     return (tensor.contiguous(), width) if stride is None else (tensor, stride)
 
 
+def dense(tensor: Tensor | None, other: Tensor) -> Tensor:
+    """`tensor` in one piece of memory; where it is absent `other`, since a kernel takes some tensor in its place."""
+    return other if tensor is None else tensor.contiguous()
+
+
 def power_of_two(number: int) -> int:
     """The least power of two that is at least `number` (1 for 0)."""
     return 1 << max(number - 1, 0).bit_length()

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from milonga.ops.gpu.triton_parts import dense
 from milonga.ops.linear_cross_entropy import triton_kernels
 
 TILE = 4096  # logits that a program holds
@@ -60,7 +61,7 @@ def forward(
     with torch.cuda.device_of(x), torch.autocast(x.device.type, enabled=False):
         for part, _, logits in _chunks(rows, weight.to(_common(x, weight)), chunk):
             triton_kernels.loss_forward[(-(-logits.shape[0] // lanes),)](
-                logits, logits if bias is None else bias, ids[part], flat_losses[part], flat_totals[part],
+                logits, dense(bias, logits), ids[part], flat_losses[part], flat_totals[part],
                 logits.shape[0], width, logits.stride(0), ignore_index,
                 R=lanes, BV=classes, BIAS=bias is not None, num_warps=8,
             )  # fmt: skip
@@ -121,12 +122,12 @@ def _slopes(
             slopes = buffer[: logits.shape[0]]
             if losses is not None:
                 triton_kernels.loss_forward[(-(-logits.shape[0] // lanes),)](
-                    logits, logits if bias is None else bias, ids[part], losses.view(-1)[part], flat_totals[part],
+                    logits, dense(bias, logits), ids[part], losses.view(-1)[part], flat_totals[part],
                     logits.shape[0], width, logits.stride(0), ignore_index,
                     R=lanes, BV=classes, BIAS=bias is not None, num_warps=8,
                 )  # fmt: skip
             triton_kernels.loss_backward[(-(-logits.shape[0] // lanes), -(-width // classes))](
-                logits, logits if bias is None else bias, ids[part], upstream[part], flat_totals[part], slopes,
+                logits, dense(bias, logits), ids[part], upstream[part], flat_totals[part], slopes,
                 logits.shape[0], width, logits.stride(0), ignore_index,
                 R=lanes, BV=classes, BIAS=bias is not None, num_warps=8,
             )  # fmt: skip

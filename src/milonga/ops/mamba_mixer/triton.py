@@ -7,6 +7,7 @@ from torch import Tensor
 
 from milonga.ops.causal_conv import triton_kernels
 from milonga.ops.cpu_arrays import row_stride
+from milonga.ops.gpu.triton_parts import rows
 from milonga.ops.mamba_mixer import gluon_convolution
 
 CHANNELS, WARPS, TURN, TAPS, DEPTH = 128, 4, 16, 4, 32
@@ -55,13 +56,13 @@ def conv_backward(
     into, taps, bias = into.contiguous(), weight.contiguous(), bias.contiguous()
     blocks = width // CHANNELS
     length = chunk_length(batch, time, blocks)
-    g_step, x_step, out_step = (row_stride(rows) for rows in (grad_u, x, grad_x))
-    assert None not in (g_step, x_step, out_step)
+    (grad_u, g_step), (x, x_step), out_step = rows(grad_u, width), rows(x, width), row_stride(grad_x)
     slots = batch * -(-time // length)
     partial = torch.empty((slots, TAPS + 1, width), dtype=torch.float32, device=x.device)
     grad_weight, grad_bias = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (weight, bias))
     with torch.cuda.device_of(x):
         if slots > 0:
+            assert out_step is not None
             gluon_convolution.conv_backward[(-(-slots // WARPS) * blocks,)](
                 grad_u, narrow, into, x, taps, bias, grad_x, partial, time, narrow.shape[-1],
                 slots, length, narrow.stride(0), into.stride(0), E=width, g_step=g_step, x_step=x_step,

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from milonga.ops.gpu.triton_parts import power_of_two, rows, sum_rows
+from milonga.ops.gpu.triton_parts import dense, power_of_two, rows, sum_rows
 
 # Warps of the backward pass, one wave on an H100: each program leaves a row of sums for the weight's gradient. Fixed,
 # so that results do not depend on the GPU.
@@ -256,7 +256,7 @@ def forward_norm(
         tile = _tile(count, width)
         with torch.cuda.device_of(x):
             _forward[(-(-count // tile["ROWS"]),)](
-                x, other, weight.contiguous(), weight if bias is None else bias, y, sums, normal, mean, scale,
+                x, other, weight.contiguous(), dense(bias, weight), y, sums, normal, mean, scale,
                 count, width, x_step, other_step, eps, ADD=residual is not None, CENTRE=centre, BIAS=bias is not None,
                 KEPT=kept, **tile,
             )  # fmt: skip

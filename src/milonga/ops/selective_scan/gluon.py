@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from milonga.ops.gpu.triton_parts import rows
+from milonga.ops.gpu.triton_parts import dense, rows
 from milonga.ops.selective_scan import gluon_backward, gluon_forward, triton_sums
 from milonga.ops.selective_scan.checkpoints import CHUNK, checkpoint_shape
 
@@ -141,7 +141,7 @@ def forward(
     (B, B_step), (C, C_step) = rows(B, STATES), rows(C, STATES)
     A = A.contiguous()
     ends = sums = A
-    inputs = (x, dt, x if z is None else z, B, C, A, A if D is None else D, A if dt_bias is None else dt_bias)
+    inputs = (x, dt, x if z is None else z, B, C, A, dense(D, A), dense(dt_bias, A))
     start = A if initial is None else initial.contiguous()
     outputs = (start, A if offsets is None else offsets, y, final, kept)
     sizes = (
@@ -258,7 +258,7 @@ class _Launch:
             x if z is None else z,
             A if offsets is None else offsets,
         )
-        weight, bias = A if D is None else D, A if dt_bias is None else dt_bias
+        weight, bias = dense(D, A), dense(dt_bias, A)
         ends = sums = A
         self.device = torch.cuda.device_of(x)
         sizes = (plan.time, width, plan.sequences, plan.length, plan.finer)

@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from milonga.ops.gpu.triton_parts import dense
 from milonga.ops.gpu.triton_parts import rows as _rows
 from milonga.ops.selective_scan import gluon, triton_kernels, triton_steps
 from milonga.ops.selective_scan.checkpoints import CHUNK, PAD, checkpoint_shape, first_checkpoints
@@ -124,7 +125,7 @@ def _steps(
     if final.numel() > 0:
         with torch.cuda.device_of(x):
             triton_steps.scan_steps[(sequences * -(-width // 16),)](
-                x, dt, x if z is None else z, B, C, A, A if D is None else D, A if dt_bias is None else dt_bias,
+                x, dt, x if z is None else z, B, C, A, dense(D, A), dense(dt_bias, A),
                 A if initial is None else initial.contiguous(), A if offsets is None else offsets, y, final,
                 x.shape[1], width, x_step, dt_step, z_step, B_step, C_step, STATES=states, N=_states(states), CH=16,
                 PACKED=offsets is not None, INITIAL=initial is not None, Z=z is not None, D_=D is not None,
@@ -169,7 +170,7 @@ def forward(
         "EXACT": x.dtype == torch.float32, "num_warps": 1, "num_stages": 1,
     }  # fmt: skip
     sizes = (plan.time, plan.width, plan.sequences, plan.length, x_step, dt_step, z_step)
-    inputs = (x, dt, x if z is None else z, B, C, A, A if D is None else D, A if dt_bias is None else dt_bias)
+    inputs = (x, dt, x if z is None else z, B, C, A, dense(D, A), dense(dt_bias, A))
     with torch.cuda.device_of(x):
         if plan.chunked:
             starts, sums = A.new_empty(plan.slots, plan.padded, plan.width), A.new_empty(plan.slots, plan.width)
@@ -266,7 +267,7 @@ def _launch_backward(
     rows = (_rows(value, plan.width) for value in (grad_y, x, dt, z))
     (grad_y, gy_step), (x, x_step), (dt, dt_step), (z, z_step) = rows
     bounds = A if offsets is None else offsets
-    bias, weight = A if dt_bias is None else dt_bias, A if D is None else D
+    bias, weight = dense(dt_bias, A), dense(D, A)
     upstream, gate = x if grad_y is None else grad_y, x if z is None else z
     ends = A
     scratch = A.new_empty(plan.programs * (CHUNK // _AHEAD_BACKWARD) * plan.padded * plan.block)

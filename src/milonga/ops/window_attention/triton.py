@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from milonga.ops.gpu.triton_parts import dense
 from milonga.ops.window_attention import triton_decode, triton_kernels
 
 LOG2_E = 1.4426950408889634
@@ -102,7 +103,7 @@ class _Plan:
         # what is absent needs some tensor in its place
         self.past_k = self.k if past_k is None else _steps_first(past_k)
         self.past_v = self.v if past_v is None else _steps_first(past_v)
-        self.position = self.k if position is None or not self.past else position
+        self.position = dense(position if self.past else None, self.k)
         self.bounds = self.k if offsets is None else offsets
         self.window = NO_WINDOW if window is None else min(window, NO_WINDOW)
         self.sizes = {
