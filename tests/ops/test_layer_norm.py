@@ -39,3 +39,25 @@ def test_bad_input() -> None:
         layer_norm(x, w, w, residual=torch.randn(3, 7))
     with pytest.raises(ValueError, match="layer_norm: weight must be float32"):
         layer_norm(x, w.bfloat16(), w)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"x": torch.tensor(1.0)}, r"x must be \[\.\.\., D\], expected 1 dimension or more"),
+        ({"x": torch.ones(3, 8, dtype=torch.int64)}, "x must be float32, .* or float64, got int64"),
+        ({"x": torch.ones(3, 8, dtype=torch.bool)}, "x must be float32, .* or float64, got bool"),
+        ({"x": torch.ones(3, 8, dtype=torch.complex64)}, "x must be float32, .* or float64, got complex64"),
+        ({"x": torch.ones(3, 8, device="meta")}, "weight must be on meta as x is, got cpu"),
+        ({"weight": torch.ones(8, device="meta")}, "weight must be on cpu as x is, got meta"),
+        ({"weight": torch.ones(8, dtype=torch.complex64)}, "weight must be float32, got complex64"),
+        ({"bias": torch.ones(8, device="meta")}, "bias must be on cpu as x is, got meta"),
+        ({"bias": torch.ones(8, dtype=torch.int64)}, "bias must be float32, got int64"),
+        ({"residual": torch.ones(3, 8, device="meta")}, "residual must be on cpu as x is, got meta"),
+    ],
+)
+def test_dtypes_and_devices_are_named(changes: dict[str, torch.Tensor], message: str) -> None:
+    arguments = {"x": torch.randn(3, 8), "weight": torch.ones(8), "bias": torch.zeros(8)}
+    layer_norm(**arguments)
+    with pytest.raises(ValueError, match=f"layer_norm: {message}"):
+        layer_norm(**(arguments | changes))

@@ -165,11 +165,22 @@ def test_compiles_without_graph_break(dynamic: bool) -> None:
     ("changes", "message"),
     [
         ({"weight": torch.randn(5, 7)}, r"weight must be \[V, D\], expected \[V, 8\], got \[5, 7\]"),
-        (
-            {"targets": torch.zeros(3, dtype=torch.int64)},
-            r"targets must be int64 .* expected \[4\], got torch.int64 \[3\]",
-        ),
-        ({"targets": torch.zeros(4)}, "targets must be int64"),
+        ({"targets": torch.zeros(3, dtype=torch.int64)}, r"targets must be int64 .* expected \[4\], got \[3\]"),
+        ({"targets": torch.zeros(4)}, "targets must be int64, got float32"),
+        ({"x": torch.tensor(1.0)}, r"x must be \[\.\.\., D\], expected 1 dimension or more"),
+        ({"x": torch.ones(4, 8, dtype=torch.int64)}, "x must be float32, .* got int64"),
+        ({"x": torch.ones(4, 8, dtype=torch.bool)}, "x must be float32, .* got bool"),
+        ({"x": torch.ones(4, 8, dtype=torch.complex64)}, "x must be float32, .* got complex64"),
+        ({"weight": torch.ones(5, 8, dtype=torch.int64)}, "weight must be float32 or .* got int64"),
+        ({"weight": torch.ones(5, 8, dtype=torch.bool)}, "weight must be float32 or .* got bool"),
+        ({"weight": torch.ones(5, 8, dtype=torch.complex64)}, "weight must be float32 or .* got complex64"),
+        ({"bias": torch.ones(5, dtype=torch.int32)}, "bias must be float32 or .* got int32"),
+        ({"bias": torch.ones(5, dtype=torch.bool)}, "bias must be float32 or .* got bool"),
+        ({"bias": torch.ones(5, dtype=torch.complex128)}, "bias must be float32 or .* got complex128"),
+        ({"x": torch.zeros(4, 8, device="meta")}, "weight must be on meta as x is, got cpu"),
+        ({"weight": torch.zeros(5, 8, device="meta")}, "weight must be on cpu as x is, got meta"),
+        ({"targets": torch.zeros(4, dtype=torch.int64, device="meta")}, "targets must be on cpu as x is, got meta"),
+        ({"bias": torch.zeros(5, device="meta")}, "bias must be on cpu as x is, got meta"),
         ({"targets": torch.tensor([0, 1, 5, 2])}, r"targets must lie in 0 \.\. 4 or be -100, got 5"),
         ({"targets": torch.tensor([0, -1, 3, 2])}, r"targets must lie in 0 \.\. 4 or be -100, got -1"),
         ({"bias": torch.zeros(4)}, r"bias must be \[V\], expected \[5\], got \[4\]"),
@@ -182,3 +193,16 @@ def test_bad_input_is_named(changes: dict, message: str) -> None:
     linear_cross_entropy(**arguments)
     with pytest.raises(ValueError, match=f"linear_cross_entropy: .*{message}"):
         linear_cross_entropy(**(arguments | changes))
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("bias", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("weight", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_floating_weights_of_every_kind(weight: torch.dtype, bias: torch.dtype, backend: str) -> None:
+    """A head in another precision than its input: the loss of the same numbers in float32."""
+    x, targets = torch.randn(6, 8), torch.randint(0, 5, (6,))
+    leaves = torch.randn(5, 8).to(weight).requires_grad_(), torch.randn(5).to(bias).requires_grad_()
+    losses = linear_cross_entropy(x, leaves[0], targets, bias=leaves[1], backend=backend)
+    expected = linear_cross_entropy(x.double(), leaves[0].double(), targets, bias=leaves[1].double())
+    assert losses.dtype == torch.float32 and relative_rms(losses.detach(), expected.detach()) <= ERROR_BOUND
+    assert [g.dtype for g in torch.autograd.grad(losses.sum(), leaves)] == [weight, bias]

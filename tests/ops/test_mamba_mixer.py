@@ -220,6 +220,29 @@ def test_dtypes_and_packing_that_do_not_fit() -> None:
         mamba_mixer(**inputs, segments=Segments([0, 20]))
 
 
+@pytest.mark.parametrize(
+    ("dtype", "device", "got"),
+    [
+        (torch.float64, "cpu", "float64, a Tensor on cpu, gradients on"),
+        (torch.int64, "cpu", "int64, a Tensor on cpu, gradients on"),
+        (torch.complex64, "cpu", "complex64, a Tensor on cpu, gradients on"),
+        (torch.float32, "meta", "float32, a Tensor on meta, gradients on"),
+    ],
+)
+def test_an_x_that_has_no_kernel(dtype: torch.dtype, device: str, got: str) -> None:
+    inputs = make(2, 20, 6, 18, 3, 4)
+    with pytest.raises(ValueError, match=f"mamba_mixer: x must be float32, bfloat16 or float16, .*, got {got}"):
+        mamba_mixer(**inputs | {"x": inputs["x"].to(device, dtype)})
+
+
+def test_no_gradients_or_no_floats() -> None:
+    inputs = make(2, 20, 6, 18, 3, 4)
+    with torch.no_grad(), pytest.raises(ValueError, match=r"mamba_mixer: x must be .* gradients off and not compiled"):
+        mamba_mixer(**inputs)
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(ValueError, match=r"x must be float32, .* got int64"):
+        mamba_mixer(**inputs | {"x": inputs["x"].long()})
+
+
 def test_fake_tensors_go_through_the_ops() -> None:
     """Sizes of a step can be asked for without its memory."""
     with FakeTensorMode(), forgetting(("conv", "scan")):

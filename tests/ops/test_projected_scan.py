@@ -242,6 +242,7 @@ def test_without_gradients_and_compiled_it_is_the_ops_one_by_one() -> None:
         ({"out_weight": torch.zeros(3, 4)}, "out_weight must be \\[D E\\], expected \\[3, 5\\]"),
         ({"out_weight": torch.zeros(3)}, "out_weight must be \\[D E\\]"),
         ({"out_weight": torch.zeros(3, 5, device="meta")}, "out_weight must be on cpu as u is, got meta"),
+        ({"u": torch.zeros(2, 4, 5, device="meta")}, "z must be on meta as u is, got cpu"),
         ({"D": torch.zeros(4)}, "D must be \\[E\\]"),
         ({"initial": torch.zeros(1, 5, 2)}, "initial must be \\[S E N\\], expected \\[2, 5, 2\\]"),
         ({"segments": Segments([0, 4])}, "must be packed"),

@@ -102,9 +102,42 @@ def test_impossible_backend_is_an_error(backend: str) -> None:
         rms_norm(torch.randn(4, 8), torch.ones(8), backend=backend)
 
 
-def test_wrong_weight_is_an_error() -> None:
-    with pytest.raises(ValueError, match="expected \\[8\\], got \\[7\\]"):
-        rms_norm(torch.randn(4, 8), torch.ones(7))
+@pytest.mark.parametrize("gradients", [True, False])
+@pytest.mark.parametrize(
+    ("x", "weight", "message"),
+    [
+        (torch.randn(4, 8), torch.ones(7), r"weight must be \[D\], expected \[8\], got \[7\]"),
+        (torch.randn(4, 8), torch.tensor(1.0), r"weight must be \[D\], expected \[8\], got \[\]"),
+        (torch.tensor(1.0), torch.tensor(1.0), r"x must be \[\.\.\., D\], expected 1 dimension or more"),
+        (torch.randn(4, 8), torch.ones(8, device="meta"), "weight must be on cpu as x is, got meta"),
+        (torch.randn(4, 8, device="meta"), torch.ones(8), "weight must be on meta as x is, got cpu"),
+        (torch.randn(4, 8), torch.ones(8).double(), "weight must be float32, got float64"),
+        (torch.randn(4, 8), torch.ones(8).bfloat16(), "weight must be float32, got bfloat16"),
+        (torch.randn(4, 8).half(), torch.ones(8).half(), "weight must be float32, got float16"),
+        (torch.randn(4, 8).double(), torch.ones(8).half(), "weight must be float32 or float64, got float16"),
+        (torch.randn(4, 8), torch.ones(8, dtype=torch.int64), "weight must be float32, got int64"),
+        (torch.randn(4, 8), torch.ones(8, dtype=torch.bool), "weight must be float32, got bool"),
+        (torch.randn(4, 8), torch.ones(8, dtype=torch.complex64), "weight must be float32, got complex64"),
+        (torch.ones(4, 8, dtype=torch.int64), torch.ones(8), "x must be float32, .* or float64, got int64"),
+        (torch.ones(4, 8, dtype=torch.bool), torch.ones(8), "x must be float32, .* or float64, got bool"),
+        (torch.ones(4, 8, dtype=torch.complex64), torch.ones(8), "x must be float32, .* or float64, got complex64"),
+    ],
+)
+def test_bad_input_is_named(x: torch.Tensor, weight: torch.Tensor, message: str, gradients: bool) -> None:
+    """The shorter way without gradients lets nothing pass that the longer one refuses."""
+    with torch.set_grad_enabled(gradients), pytest.raises(ValueError, match=f"rms_norm: {message}"):
+        rms_norm(x, weight)
+    with torch.set_grad_enabled(gradients), pytest.raises(ValueError, match=f"rms_norm: {message}"):
+        rms_norm(x, weight, residual=x.clone())
+
+
+@pytest.mark.parametrize("gradients", [True, False])
+def test_residual_on_another_device_is_an_error(gradients: bool) -> None:
+    with (
+        torch.set_grad_enabled(gradients),
+        pytest.raises(ValueError, match="residual must be on cpu as x is, got meta"),
+    ):
+        rms_norm(torch.randn(4, 8), torch.ones(8), residual=torch.randn(4, 8, device="meta"))
 
 
 @given(st.integers(0, 9), st.integers(1, 90), st.booleans(), st.integers(0, 2**31))

@@ -108,3 +108,23 @@ def test_bad_input_is_named() -> None:
         swiglu(torch.randn(4, 7))
     with pytest.raises(ValueError, match="swiglu: backend 'triton' cannot run here"):
         swiglu(torch.randn(4, 8), torch.randn(4, 8), backend="triton")
+
+
+@pytest.mark.parametrize("gradients", [True, False])
+def test_halves_on_two_devices_are_an_error(gradients: bool) -> None:
+    here, other = torch.randn(4, 8), torch.randn(4, 8, device="meta")
+    with torch.set_grad_enabled(gradients):
+        with pytest.raises(ValueError, match="swiglu: up must be on cpu as gate is, got meta"):
+            swiglu(here, other)
+        with pytest.raises(ValueError, match="swiglu: up must be on meta as gate is, got cpu"):
+            swiglu(other, here)
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference", "cpu"])
+@pytest.mark.parametrize("dtype", [torch.int64, torch.uint8, torch.bool, torch.complex64])
+def test_gates_that_are_no_floats_are_an_error(dtype: torch.dtype, backend: str) -> None:
+    message = "backend 'cpu' cannot run here" if backend == "cpu" else "gate must be float32, .* or float64, got"
+    values = torch.ones(4, 8, dtype=dtype)
+    for arguments in ((values,), (values, values)):
+        with pytest.raises(ValueError, match=f"swiglu: {message}"):
+            swiglu(*arguments, backend=backend)

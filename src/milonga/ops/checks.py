@@ -38,8 +38,20 @@ def expect_x(op: str, x: Tensor, name: str = "x") -> tuple[int, int, int]:
     """B, T, E of `x`, once it is known to be `[B T E]` of a dtype that ops take."""
     if x.ndim != 3:
         raise ValueError(f"{op}: {name} must be [B T E], expected 3 dimensions, got shape {list(x.shape)}")
+    expect_floating(op, x, name)
+    return x.shape[0], x.shape[1], x.shape[2]
+
+
+def expect_rows(op: str, x: Tensor, name: str = "x") -> None:
+    """Raise `ValueError` unless `x` is `[..., D]` of a dtype that ops take."""
+    if x.ndim < 1:
+        raise ValueError(f"{op}: {name} must be [..., D], expected 1 dimension or more, got none")
+    expect_floating(op, x, name)
+
+
+def expect_floating(op: str, x: Tensor, name: str = "x") -> None:
+    """Raise `ValueError` unless `x` has a dtype that ops take."""
     if x.dtype not in FLOATS:
         raise ValueError(
             f"{op}: {name} must be float32, bfloat16, float16 or float64, got {str(x.dtype).removeprefix('torch.')}"
         )
-    return x.shape[0], x.shape[1], x.shape[2]

@@ -5,7 +5,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from milonga.ops.backend import choice, direct, kernels
-from milonga.ops.checks import expect, wide
+from milonga.ops.checks import expect, expect_rows, wide
 from milonga.ops.layer_norm.reference import layer_norm_reference
 from milonga.ops.rms_norm import check_residual
 from milonga.ops.rms_norm.library import norm_op
@@ -39,7 +39,7 @@ def layer_norm(
         Relative RMS error against float64 with fp32 inputs: at most `ERROR_BOUND`.
 
     Raises:
-        ValueError: if shapes or dtypes do not fit.
+        ValueError: if shapes, dtypes or devices do not fit.
 
     Source: Ba, Kiros and Hinton, "Layer Normalization" (2016).
     """
@@ -65,6 +65,7 @@ def layer_norm_and_rows(
     Returns:
         (y, `x + residual` or x, the rows or None).
     """
+    expect_rows("layer_norm", x)
     for name, value in (("weight", weight), ("bias", bias)):
         expect("layer_norm", name, value, "[D]", x.shape[-1:], (wide(x.dtype),), x.device)
     if residual is not None:

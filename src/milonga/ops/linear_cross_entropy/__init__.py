@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from milonga.ops.backend import choice
+from milonga.ops.checks import FLOATS, expect, expect_rows
 from milonga.ops.linear_cross_entropy.library import linear_cross_entropy_op
 from milonga.ops.linear_cross_entropy.reference import linear_cross_entropy_reference
 
@@ -33,10 +34,11 @@ def linear_cross_entropy(
 
     Args:
         x: `[..., D]`, float32, bfloat16, float16 or float64.
-        weight: `[V, D]`; it is widened to fp32 at least, as x is. On a GPU the products of bf16 and of fp16 are taken
-            as they are and summed in fp32; under autocast there both are rounded first, as for any linear layer.
+        weight: `[V, D]`, of any of those dtypes; it is brought to fp32, as x is, or to float64 where x is that. On a
+            GPU the products of bf16 and of fp16 are taken as they are and summed in fp32; under autocast there both are
+            rounded first, as for any linear layer.
         targets: int64 `[...]`, each in 0 .. V - 1 or `ignore_index`.
-        bias: `[V]` or None.
+        bias: `[V]`, of any of those dtypes, or None.
         ignore_index: the target of rows that count for nothing: loss 0, no gradient.
         chunk: rows at a time (>= 1); None for as many as have 16 MiB of fp32 logits, on a GPU 512 MiB.
         backend: `auto`, `reference`, `cpu` or `triton`.
@@ -46,22 +48,11 @@ def linear_cross_entropy(
         `ERROR_BOUND`.
 
     Raises:
-        ValueError: if the shapes do not fit, a target is out of range (not checked on a GPU, whose kernel gives NaN
-            for it, or under a compiler), `chunk` is below 1, or the backend cannot run here.
+        ValueError: if shapes, dtypes or devices do not fit, a target is out of range (not checked on a GPU, whose
+            kernel gives NaN for it, or under a compiler), `chunk` is below 1, or the backend cannot run here.
     """
-    if weight.ndim != 2 or x.ndim < 1 or x.shape[-1] != weight.shape[1]:
-        raise ValueError(
-            f"linear_cross_entropy: weight must be [V, D], expected [V, {x.shape[-1] if x.ndim else 'D'}], "
-            f"got {list(weight.shape)}"
-        )
-    if targets.shape != x.shape[:-1] or targets.dtype != torch.int64:
-        raise ValueError(
-            f"linear_cross_entropy: targets must be int64 [...], expected {list(x.shape[:-1])}, "
-            f"got {targets.dtype} {list(targets.shape)}"
-        )
+    _check(x, weight, targets, bias)
     vocabulary = weight.shape[0]
-    if bias is not None and bias.shape != (vocabulary,):
-        raise ValueError(f"linear_cross_entropy: bias must be [V], expected [{vocabulary}], got {list(bias.shape)}")
     if chunk is None:
         chunk = _rows(vocabulary, x.device.type)
     if chunk < 1:
@@ -78,6 +69,17 @@ def linear_cross_entropy(
     sloped = chosen == "triton" and x.dtype != torch.float16 and not torch.compiler.is_compiling()
     sloped = sloped and torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
     return linear_cross_entropy_op(x, weight, targets, bias, ignore_index, chunk, sloped)[0]
+
+
+def _check(x: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None) -> None:
+    op = "linear_cross_entropy"
+    expect_rows(op, x)
+    if weight.ndim != 2 or x.shape[-1] != weight.shape[1]:
+        raise ValueError(f"{op}: weight must be [V, D], expected [V, {x.shape[-1]}], got {list(weight.shape)}")
+    expect(op, "weight", weight, "[V, D]", weight.shape, FLOATS, x.device)
+    expect(op, "targets", targets, "int64 [...]", x.shape[:-1], (torch.int64,), x.device)
+    if bias is not None:
+        expect(op, "bias", bias, "[V]", weight.shape[:1], FLOATS, x.device)
 
 
 def _rows(vocabulary: int, device: str) -> int:

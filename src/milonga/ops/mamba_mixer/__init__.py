@@ -38,7 +38,8 @@ def takes(x: Tensor) -> bool:
 def product_dtype(x: Tensor) -> torch.dtype:
     """The dtype of the products with x: that of autocast where it is on, but for float64."""
     device = x.device.type
-    autocast = torch.is_autocast_enabled(device) and x.dtype != torch.float64
+    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    autocast = autocast and x.dtype != torch.float64
     return torch.get_autocast_dtype(device) if autocast else x.dtype
 
 
@@ -79,7 +80,7 @@ def mamba_mixer(
     sequences: the batch rows, or with `segments` the sequences of the one packed row.
 
     Args:
-        x: `[B T D]`; `takes(x)` holds.
+        x: `[B T D]`, float32, bfloat16 or float16, on a device with a kernel for it; `takes(x)` holds.
         in_weight, x_weight, dt_weight, out_weight: `[2E D]`, `[R+2N E]`, `[E R]`, `[D E]`, of any floating dtype; the
             products are in that of autocast where it is on, else in that of x.
         conv_weight, conv_bias: `[E W]`, `[E]`, as in `causal_conv`.
@@ -95,12 +96,19 @@ def mamba_mixer(
         Relative RMS error against float64 with fp32 inputs: at most `ERROR_BOUND`.
 
     Raises:
-        ValueError: if shapes, dtypes, devices or segments do not fit.
+        ValueError: if shapes, dtypes, devices or segments do not fit, without gradients, or while compiling.
         RuntimeError: in the backward pass, if its gradients are to be differentiated again (`create_graph`).
 
     Source: as `projected_scan`.
     """
-    assert takes(x)
+    if not takes(x):
+        gradients = "on" if torch.is_grad_enabled() else "off"
+        how = "compiled" if torch.compiler.is_compiling() else "not compiled"
+        raise ValueError(
+            "mamba_mixer: x must be float32, bfloat16 or float16, a plain tensor on a device with a kernel for it, "
+            f"gradients on and not compiled, got {str(x.dtype).removeprefix('torch.')}, a {type(x).__name__} on "
+            f"{x.device}, gradients {gradients} and {how}"
+        )
     dtype = product_dtype(x)
     before = None if conv_initial is None else conv_initial.to(dtype)
     weights = (in_weight, conv_weight, conv_bias, x_weight, dt_weight, A, out_weight, D, dt_bias)

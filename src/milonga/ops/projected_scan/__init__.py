@@ -82,7 +82,9 @@ def projected_scan(
     section 3.3.2, where what is not worth keeping is made again in the backward pass.
     """
     device = u.device.type
-    if torch.is_autocast_enabled(device) and u.dtype != torch.float64:
+    # not every device has an autocast to ask about: `meta` has none
+    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    if autocast and u.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)
         u, z, x_weight, dt_weight, out_weight = (t.to(dtype) for t in (u, z, x_weight, dt_weight, out_weight))
     _check(u, z, x_weight, dt_weight, A, out_weight, D, dt_bias, initial, segments)

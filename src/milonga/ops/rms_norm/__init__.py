@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from milonga.ops.backend import INSTALLED, choice, direct, kernels
-from milonga.ops.checks import expect
+from milonga.ops.checks import expect, expect_rows, wide
 from milonga.ops.rms_norm.library import norm_op, rms_norm_op
 from milonga.ops.rms_norm.reference import rms_norm_reference
 
@@ -24,7 +24,6 @@ def rms_norm(
     eps: float = 1e-5,
     residual: None = None,
     dtype: torch.dtype | None = None,
-    keep_sum: bool = True,
     backend: str = "auto",
 ) -> Tensor: ...
 
@@ -61,7 +60,7 @@ def rms_norm(
 
     Args:
         x: `[..., D]`, float32, bfloat16, float16 or float64.
-        weight: `[D]`, float32 (float64 where x is).
+        weight: `[D]`, float32; where x is float64, float64 or float32.
         eps: added to the mean square.
         residual: shape of x, and its dtype, or one of the two float32; none if absent.
         dtype: of y; by default that of x.
@@ -75,15 +74,15 @@ def rms_norm(
         through h. Relative RMS error against float64 with fp32 inputs: at most `ERROR_BOUND`.
 
     Raises:
-        ValueError: if shapes or dtypes do not fit, or the backend cannot run here.
+        ValueError: if shapes, dtypes or devices do not fit, or the backend cannot run here.
 
     Source: Zhang and Sennrich, "Root Mean Square Layer Normalization" (2019).
     """
-    if x.ndim < 1 or weight.shape != x.shape[-1:]:
-        raise ValueError(f"rms_norm: weight must be [D], expected [{x.shape[-1]}], got {list(weight.shape)}")
     if x.numel() <= FEW and _plain(x, weight, residual, dtype, backend):
         y, total = kernels("rms_norm", "cpu").few(x, residual, weight, eps)
         return y if residual is None else (y, total)
+    expect_rows("rms_norm", x)
+    expect("rms_norm", "weight", weight, "[D]", x.shape[-1:], (torch.float32, wide(x.dtype)), x.device)
     if residual is not None:
         check_residual("rms_norm", x, residual)
     dtype = dtype or x.dtype
@@ -91,7 +90,7 @@ def rms_norm(
     if chosen == "triton" and (residual is not None or dtype != x.dtype):
         run = kernels("rms_norm", "triton").forward_norm if direct(x, chosen) else norm_op
         keep_sum = keep_sum or residual is None or dtype != torch.bfloat16
-        y, total = run(x, residual, weight.float(), None, eps, dtype, False, keep_sum)[:2]
+        y, total = run(x, residual, weight, None, eps, dtype, False, keep_sum)[:2]
         return y if residual is None else (y, total)
     if residual is not None:
         total = x + residual
@@ -99,14 +98,14 @@ def rms_norm(
     if chosen == "reference":
         return rms_norm_reference(x, weight, eps).to(dtype)
     run = kernels("rms_norm", chosen).forward if direct(x, chosen) else rms_norm_op
-    return run(x, weight.float(), eps)[0].to(dtype)
+    return run(x, weight, eps)[0].to(dtype)
 
 
 def _plain(x: Tensor, weight: Tensor, residual: Tensor | None, dtype: torch.dtype | None, backend: str) -> bool:
     """Whether all is fp32, contiguous and on the CPU, with nothing to differentiate: a decoded step."""
     if not (direct(x) and INSTALLED["numba"] and backend in ("auto", "cpu") and dtype in (None, torch.float32)):
         return False
-    if residual is not None and residual.shape != x.shape:
+    if x.ndim < 1 or weight.shape != x.shape[-1:] or (residual is not None and residual.shape != x.shape):
         return False
     return all(
         tensor is None or (tensor.dtype == torch.float32 and tensor.device == x.device and tensor.is_contiguous())

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from milonga.ops.backend import choice, direct, kernels
+from milonga.ops.checks import expect_floating
 from milonga.ops.rotary.library import rotary_op
 from milonga.ops.rotary.reference import rotary_reference, rotary_tables
 
@@ -21,7 +22,8 @@ def rotary(x: Tensor, positions: Tensor, *, base: float = 10000.0, backend: str 
 
     Args:
         x: `[B, T, H, K]`, K even; float32, bfloat16, float16 or float64. May be a slice of a wider projection.
-        positions: int64 `[B, T]`, or `[T]` shared by all rows: positions from the start of the sequence.
+        positions: int64 `[B, T]`, or `[T]` shared by all rows, on the device of x: positions from the start of the
+            sequence.
         base: of the geometric series of frequencies.
         backend: `auto`, `reference`, `cpu` or `triton`.
 
@@ -30,7 +32,8 @@ def rotary(x: Tensor, positions: Tensor, *, base: float = 10000.0, backend: str 
         position 2^31. Relative RMS error against float64 with fp32 inputs: at most `ERROR_BOUND`.
 
     Raises:
-        ValueError: if K is odd, the shapes do not fit, base is not positive, or the backend cannot run here.
+        ValueError: if K is odd, shapes, dtypes or devices do not fit, base is not positive, or the backend cannot run
+            here.
 
     Source: Su et al., "RoFormer" (2021), with the lanes paired as halves (as in GPT-NeoX and Llama weights).
     """
@@ -43,10 +46,13 @@ def rotary(x: Tensor, positions: Tensor, *, base: float = 10000.0, backend: str 
             f"rotary: positions must be int64 [B, T] or [T], expected {list(x.shape[:2])} or {list(x.shape[1:2])}, "
             f"got {positions.dtype} {list(positions.shape)}"
         )
+    if positions.device != x.device:
+        raise ValueError(f"rotary: positions must be on {x.device} as x is, got {positions.device}")
     if not base > 0:
         raise ValueError(f"rotary: base must be positive, got {base}")
     chosen = choice("rotary", backend, x.device.type, x.dtype)
-    if chosen == "reference":
+    if chosen == "reference":  # kernels run for dtypes of theirs alone
+        expect_floating("rotary", x)
         return rotary_reference(x, positions, base)
     run = kernels("rotary", chosen).rotate if direct(x, chosen) else rotary_op
     return run(x, positions, base, 1.0)

@@ -3,6 +3,7 @@
 from torch import Tensor
 
 from milonga.ops.backend import choice, direct, kernels
+from milonga.ops.checks import expect_floating
 from milonga.ops.swiglu.library import swiglu_fused_op, swiglu_op
 from milonga.ops.swiglu.reference import swiglu_reference
 
@@ -15,8 +16,9 @@ def swiglu(gate: Tensor, up: Tensor | None = None, *, backend: str = "auto") -> 
 
     Args:
         gate: `[..., F]`, float32, bfloat16, float16 or float64. May be one half of a fused projection.
-        up: shape and dtype of gate; may be the other half. None: `gate` is the whole projection `[..., 2F]`, the gate
-            first. On a GPU its gradient is then written once; halves would be joined by another pass over memory.
+        up: shape, dtype and device of gate; may be the other half. None: `gate` is the whole projection `[..., 2F]`,
+            the gate first. On a GPU its gradient is then written once; halves would be joined by another pass over
+            memory.
         backend: `auto`, `reference`, `cpu` or `triton`.
 
     Returns:
@@ -24,7 +26,8 @@ def swiglu(gate: Tensor, up: Tensor | None = None, *, backend: str = "auto") -> 
         inputs: at most `ERROR_BOUND`.
 
     Raises:
-        ValueError: if shapes or dtypes differ, 2F is odd, or the backend cannot run here.
+        ValueError: if shapes, dtypes or devices differ, gate has another dtype, 2F is odd, or the backend cannot run
+            here.
 
     Source: Shazeer, "GLU Variants Improve Transformer" (2020).
     """
@@ -39,7 +42,10 @@ def swiglu(gate: Tensor, up: Tensor | None = None, *, backend: str = "auto") -> 
         raise ValueError(
             f"swiglu: up must be like gate, expected {gate.dtype} {list(gate.shape)}, got {up.dtype} {list(up.shape)}"
         )
-    if chosen == "reference":
+    if up.device != gate.device:
+        raise ValueError(f"swiglu: up must be on {gate.device} as gate is, got {up.device}")
+    if chosen == "reference":  # kernels run for dtypes of theirs alone
+        expect_floating("swiglu", gate, "gate")
         return swiglu_reference(gate, up)
     run = kernels("swiglu", chosen).forward if direct(gate, chosen) else swiglu_op
     return run(gate, up)
