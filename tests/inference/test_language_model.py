@@ -9,6 +9,7 @@ from milonga.data.bpe import TOKENIZER, BpeCodec
 from milonga.data.bpe_training import train_bpe
 from milonga.errors import UserError
 from milonga.inference import LanguageModel
+from milonga.inference.language_model import DTYPES
 from milonga.models.pretrained import fingerprint, save_weights
 from tests.inference.helpers import SAMBA, opinionated
 
@@ -80,8 +81,29 @@ def test_stored_weights_take_less_memory_and_write_the_same_text_as_long_as_it_i
     ids = np.frombuffer(b"a text of some length, read twice", np.uint8)
     differences = full.session().score(ids) - stored.session().score(ids)
     assert 0 < np.abs(differences).max() < 0.3
-    with pytest.raises(UserError, match="weights 'int4' cannot be used: choose from bf16, int8, on the CPU"):
+    assert (full.storage, stored.storage) == (None, "int8")
+
+
+def test_a_storage_that_cannot_be_used_is_refused_on_loading(run):
+    _, folder = run
+    with pytest.raises(UserError, match=r"^weights 'int4' cannot be used; choose from bf16, int8$"):
         milonga.load(folder, device="cpu", weights="int4")
+    for dtype in ("float64", "float16"):
+        with pytest.raises(UserError, match=f"weights 'bf16' cannot be used beside dtype '{dtype}': give"):
+            milonga.load(folder, device="cpu", weights="bf16", dtype=dtype)
+
+
+@pytest.mark.parametrize("storage", [None, "bf16", "int8"])
+@pytest.mark.parametrize("dtype", [None, *DTYPES])
+def test_whatever_loads_reads_and_writes(run, storage, dtype):
+    if storage == "bf16" and dtype in ("float64", "float16"):
+        return  # refused, as tested above
+    lm = milonga.load(run[1], device="cpu", dtype=dtype, weights=storage)
+    assert lm.storage == storage
+    session = lm.session()
+    bits = session.score(b"a text of more than a few bytes")  # other products than for single bytes
+    assert np.isfinite(bits).all()
+    assert len(list(session.generate_bytes(3))) == 3
 
 
 def test_what_cannot_be_loaded_is_named(tmp_path):

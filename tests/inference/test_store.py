@@ -1,5 +1,6 @@
 """The store of states: what is reused, why not more, and that answers do not depend on it."""
 
+import re
 import threading
 
 import numpy as np
@@ -9,10 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
+import milonga
 from milonga.errors import UserError
 from milonga.inference import Reuse, Sampling, StateStore
 from milonga.inference import session as session_module
+from milonga.inference.language_model import DTYPES
 from milonga.inference.store import _snapshots
+from milonga.models.pretrained import save_weights
 from tests.inference.helpers import GROWING, opinionated, opinionated_subwords
 from tests.inference.test_session import TEXT, assert_same_bits, same_place
 
@@ -59,10 +63,10 @@ def test_a_longer_text_goes_on_from_the_last_cut_before_the_end_of_a_turn():
     store = large()
     store.session_for(LM, TEXT[:300])
     session, reuse = store.session_for(LM, TEXT[:300], TEXT[300:420])
-    assert reuse == Reuse(288, 132, "new from byte 300 on")
+    assert reuse == Reuse(288, 132, "no exact entry between bytes 288 and 300; new from byte 300 on")
     assert same_place(session, cold(TEXT[:420]))
     _, reuse = store.session_for(LM, TEXT[:310])
-    assert reuse == Reuse(288, 22, "no entry nearer to the end")
+    assert reuse == Reuse(288, 22, "no exact entry nearer to the end")
 
 
 def test_a_text_that_diverges_says_where():
@@ -71,7 +75,7 @@ def test_a_text_that_diverges_says_where():
     changed = bytearray(TEXT[:400])
     changed[200] ^= 1
     session, reuse = store.session_for(LM, bytes(changed))
-    assert reuse == Reuse(128, 272, "diverges at byte 200")
+    assert reuse == Reuse(128, 272, "no entry between bytes 128 and 200; diverges at byte 200")
     assert same_place(session, cold(bytes(changed)))
     _, reuse = store.session_for(LM, b"#" + TEXT[:40])
     assert reuse == Reuse(0, 41, "no entry")
@@ -122,6 +126,55 @@ def test_states_that_grow_past_the_limit_are_not_kept():
     _, reuse = store.session_for(lm, TEXT)
     assert 0 < reuse.reused <= 128
     assert store.nbytes <= store.limit_bytes
+    said = r"no entry nearer to the end; not kept from byte (\d+) on: the state takes (\d+) bytes, the limit is (\d+)"
+    at, takes, limit = map(int, re.fullmatch(said, reuse.reason).groups())
+    assert limit == store.limit_bytes
+    assert reuse.reused < at
+    assert cold(TEXT[:at], lm).nbytes == takes > store.limit_bytes
+
+
+def test_a_store_that_holds_only_the_state_of_an_empty_text_says_that_it_keeps_nothing():
+    lm = opinionated(GROWING)
+    store = StateStore(lm.session().nbytes)
+    takes = cold(TEXT[:PIECE], lm).nbytes
+    for why in ("no entry", "no entry nearer to the end"):
+        session, reuse = store.session_for(lm, TEXT[:300])
+        said = f"{why}; not kept from byte 16 on: the state takes {takes} bytes, the limit is {store.limit_bytes}"
+        assert reuse == Reuse(0, 300, said)
+        assert same_place(session, cold(TEXT[:300], lm))
+        assert len(store) == 0
+
+
+@pytest.mark.parametrize("spare", [0, 40, 300, STATE - 1])
+def test_the_texts_of_requests_leave_room_for_a_state(spare):
+    """However little is left beside one state, a text met again is not read again, and the limit holds."""
+    store, text = StateStore(STATE + spare), TEXT[: STATE // 10]
+    store.session_for(LM, text)
+    for _ in range(3):
+        session, reuse = store.session_for(LM, text)
+        assert reuse == Reuse(len(text), 0, "nothing to read")
+        assert same_place(session, cold(text))
+        assert len(store) == 1
+        assert store.nbytes <= store.limit_bytes
+
+
+def test_a_state_that_only_other_requests_may_have_is_not_said_to_be_missing():
+    store = large()
+    store.keep(LM, cold(TEXT[:100]))
+    _, reuse = store.session_for(LM, TEXT[:110])
+    assert reuse == Reuse(0, 110, "no exact entry between bytes 0 and 100; new from byte 100 on")
+    assert large().session_for(LM, TEXT[:110])[1].reason == "no entry"
+
+
+def test_an_evicted_state_that_the_request_could_not_have_used_is_no_reason():
+    """The end of a text, off the cuts, serves requests that end there, not those that go on."""
+    store = StateStore(4 * STATE)
+    store.session_for(LM, TEXT[:40])
+    for other in range(9):
+        store.session_for(LM, bytes([other]) * 8)
+        store.session_for(LM, TEXT[:32])  # stays
+    assert store.session_for(LM, TEXT[:44])[1].reason != "evicted"
+    assert store.session_for(LM, TEXT[:40])[1].reason == "evicted"
 
 
 def test_no_text_is_a_fresh_session():
@@ -142,6 +195,26 @@ def test_a_state_is_served_to_no_other_model_nor_tokenizer():
         store.keep(OTHER, cold(TEXT[:20]))
 
 
+def test_a_state_is_served_to_no_other_dtype_nor_storage_of_weights(tmp_path):
+    """Every precision in which one file loads is a model of its own, while its saved states go on in any."""
+    save_weights(LM.network, tmp_path / "model.safetensors")
+    kinds = [{}, {"weights": "bf16"}, {"weights": "int8"}]
+    kinds += [{"dtype": dtype} for dtype in DTYPES if dtype != "float32"]
+    kinds += [{"dtype": "bfloat16", "weights": "int8"}, {"dtype": "float64", "weights": "int8"}]
+    models = [milonga.load(tmp_path, device="cpu", **kind) for kind in kinds]
+    store = large()
+    for lm in models:
+        session, reuse = store.session_for(lm, TEXT[:200])
+        assert reuse == Reuse(0, 200, "no entry")
+        assert same_place(session, cold(TEXT[:200], lm))
+    for lm in models:
+        session, reuse = store.session_for(lm, TEXT[:200])
+        assert reuse.recomputed == 0
+        assert same_place(session, cold(TEXT[:200], lm))
+    session.save(tmp_path / "a.state")
+    assert {lm.session(tmp_path / "a.state").position for lm in models} == {200}
+
+
 def test_another_copy_of_the_same_model_is_the_same_model():
     store = large()
     store.session_for(LM, TEXT[:200])
@@ -159,11 +232,11 @@ def test_texts_of_subwords_are_counted_in_bytes():
     assert reuse == Reuse(0, 480, "no entry")
     session, reuse = store.session_for(SUBWORDS, text, "And more.")
     assert reuse.reused + reuse.recomputed == 489 == session.bytes_read
-    assert reuse.reason == "new from byte 480 on"
+    assert reuse.reason == f"no exact entry between bytes {reuse.reused} and 480; new from byte 480 on"
     assert 480 - 16 * 4 <= reuse.reused <= 480
     assert same_place(session, store.session_for(SUBWORDS, text, "And more.")[0])
     _, reuse = store.session_for(SUBWORDS, text[:240] + "#" + text[241:])
-    assert reuse.reason.startswith("diverges at byte 2")
+    assert re.fullmatch(rf"no entry between bytes {reuse.reused} and (2\d\d); diverges at byte \1", reuse.reason)
 
 
 def test_a_written_turn_is_reused_where_rounding_does_not_matter():
@@ -172,7 +245,7 @@ def test_a_written_turn_is_reused_where_rounding_does_not_matter():
     reply = b"".join(session.generate_bytes(50, Sampling(seed=1)))
     store.keep(LM, session)
     exact, reuse = store.session_for(LM, TEXT[:100], reply, b"more")
-    assert reuse == Reuse(96, 58, "new from byte 100 on")
+    assert reuse == Reuse(96, 58, "no exact entry between bytes 96 and 150; new from byte 150 on")
     assert same_place(exact, cold(TEXT[:100] + reply + b"more"))
     near, reuse = store.session_for(LM, TEXT[:100], reply, b"less!", exact=False)
     assert reuse == Reuse(150, 5, "new from byte 150 on")

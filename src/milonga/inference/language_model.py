@@ -12,7 +12,7 @@ from milonga.errors import UserError
 from milonga.inference.batch import Batch
 from milonga.inference.in_place import InPlace
 from milonga.inference.session import Session
-from milonga.layers.linear import STORAGES, Storage, store_weights
+from milonga.layers.linear import STORAGES, Storage, StoredLinear, store_weights
 from milonga.models.network import Network
 from milonga.models.pretrained import fingerprint, load_weights, run_checkpoint
 
@@ -72,6 +72,12 @@ class LanguageModel:
             assert self.path is not None
             return fingerprint(load_weights(self.path)[0])
         return fingerprint(self.network)
+
+    @cached_property
+    def storage(self) -> Storage | None:
+        """What the weights of linear layers are held in, `bf16` or `int8`; None where that is the network's dtype."""
+        held = (module.storage for module in self.network.modules() if isinstance(module, StoredLinear))
+        return next(held, None)
 
     def session(self, path: str | Path | None = None) -> Session:
         """A fresh session, or the one saved in a state file.
@@ -153,17 +159,28 @@ def load(
             storage of weights cannot be used.
     """
     where, wanted = choose_device(device), choose_dtype(dtype)
-    if weights is not None and (weights not in STORAGES or where.type != "cpu"):
-        raise UserError(
-            f"weights {weights!r} cannot be used: choose from {', '.join(STORAGES)}, on the CPU (not {where})"
-        )
+    if weights is not None and weights not in STORAGES:
+        raise UserError(f"weights {weights!r} cannot be used; choose from {', '.join(STORAGES)}")
+    if weights is not None and where.type != "cpu":
+        raise UserError(f"weights {weights!r} can be used on a CPU only, not on {where}; give dtype='bfloat16' there")
     file = run_checkpoint(path)
     network, header = load_weights(file, device=where)
     network = network if wanted is None else network.to(wanted)
     if weights is not None:
+        _check_storage(weights, network.embedding.weight.dtype)
         store_weights(network, weights)
     facts = {key: value for key, value in header.items() if key not in ("format", "config")}
     return LanguageModel(network, _codec(file, header), facts, file, rounded=(wanted or weights) is not None)
+
+
+def _check_storage(weights: Storage, dtype: torch.dtype) -> None:
+    """Raise `UserError` where products of activations of `dtype` do not take weights in this storage."""
+    if weights == "bf16" and dtype not in (torch.float32, torch.bfloat16):
+        name = str(dtype).removeprefix("torch.")
+        raise UserError(
+            f"weights 'bf16' cannot be used beside dtype {name!r}: "
+            "give dtype='float32' or 'bfloat16', or weights='int8'"
+        )
 
 
 def _codec(weights: Path, header: Mapping[str, str]) -> TextCodec:

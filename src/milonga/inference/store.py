@@ -25,7 +25,7 @@ class Reuse(NamedTuple):
 
     reused: int  # bytes of the text whose state was in the store
     recomputed: int  # bytes that were read
-    reason: str  # for reading what was read
+    reason: str  # for reading what was read; and from where on states are not kept, where they do not fit
 
     def __str__(self) -> str:
         return f"{self.reused} bytes reused, {self.recomputed} recomputed: {self.reason}"
@@ -38,6 +38,7 @@ class _Model(NamedTuple):
     codec: str
     device: str
     dtype: str
+    storage: str | None
 
 
 class _Key(NamedTuple):
@@ -62,8 +63,11 @@ class StateStore:
     have led to, whatever else the store has served, because both read the same pieces from the same states (other
     devices: where their products do not depend on anything but their operands). States handed over with `keep`, behind
     text that was written token by token, agree with a cold run up to rounding only, and are served only to requests
-    with `exact=False`. A state is served to no other model, tokenizer, device or precision, and to no other tokens than
-    those that led to it (SHA-256).
+    with `exact=False`. A state is served to no other model, tokenizer, device, dtype or storage of weights, and to no
+    other tokens than those that led to it (SHA-256).
+
+    Texts are remembered only to give reasons, and go before the last state does. A state that takes more than the whole
+    limit (of a layer that attends to everything it grows) is not kept: requests are answered, and their reasons say so.
 
     Several threads may use one store.
 
@@ -79,7 +83,7 @@ class StateStore:
             raise UserError(f"state store: the limit must be at least 1 byte, got {limit_bytes}")
         self.limit_bytes = limit_bytes
         self._entries: OrderedDict[_Key, _Entry] = OrderedDict()
-        self._gone: OrderedDict[_Key, int] = OrderedDict()  # evicted lately -> position
+        self._gone: OrderedDict[_Key, tuple[int, bool]] = OrderedDict()  # evicted lately -> position, exact
         self._states = 0  # bytes of the entries
         self._texts: list[tuple[_Model, np.ndarray]] = []  # of the last requests, the latest last
         self._lock = threading.RLock()
@@ -104,7 +108,7 @@ class StateStore:
             progress: called with the bytes read so far, of those that have to be read.
 
         Raises:
-            UserError: as `Session.feed`; or if not even one state fits into the store.
+            UserError: as `Session.feed`; or if not even the state of an empty text fits into the store.
         """
         session, model = lm.session(), _model(lm)
         if session.nbytes > self.limit_bytes:
@@ -118,15 +122,17 @@ class StateStore:
         found, canonical, reason = self._find(model, ids, length, exact, lm.codec.token_lengths)
         if found is not None:
             session.rewind(dataclasses.replace(found, network=lm.network))
-        reused = session.bytes_read
+        reused, too_large = session.bytes_read, ""
         self._remember(model, ids)
         ends = np.cumsum([len(part) for part in parts]).tolist()
         for stop in _snapshots(session.position, ends, length):
             already = session.bytes_read - reused
             behind = None if progress is None else lambda read, already=already: progress(already + read)
             session.read_ids(ids[session.position : stop], progress=behind)
-            self._put(model, session.mark(), canonical)
-        return session, Reuse(reused, session.bytes_read - reused, reason)
+            mark = session.mark()
+            if not self._put(model, mark, canonical) and not too_large:
+                too_large = f"; not kept from byte {mark.bytes_read} on: {self._too_large(mark)}"
+        return session, Reuse(reused, session.bytes_read - reused, reason + too_large)
 
     def keep(self, lm: LanguageModel, session: Session) -> None:
         """Keep the place of a session, such as the end of a turn that it has written, for requests with `exact=False`.
@@ -141,7 +147,10 @@ class StateStore:
         if mark.digest is None:
             raise UserError("state store: this session comes from an old state file, which does not say what was read")
         if not self._put(_model(lm), mark, exact=False):
-            raise UserError(f"state store: the state takes {mark.nbytes} bytes, the limit is {self.limit_bytes}")
+            raise UserError(f"state store: {self._too_large(mark)}")
+
+    def _too_large(self, mark: Mark) -> str:
+        return f"the state takes {mark.nbytes} bytes, the limit is {self.limit_bytes}"
 
     def _find(
         self, model: _Model, ids: np.ndarray, length: int, exact: bool, token_lengths: np.ndarray
@@ -150,39 +159,44 @@ class StateStore:
         pieces there, why what follows has to be read)."""
         with self._lock:
             known = {entry.mark.position for key, entry in self._entries.items() if key.model == model}
-            known |= {position for key, position in self._gone.items() if key.model == model}
+            known |= {position for key, (position, _) in self._gone.items() if key.model == model}
             positions = sorted(position for position in known if position <= len(ids))
-            found, canonical, lost = None, True, 0
+            found, canonical, passed, lost = None, True, 0, 0
             for position, digest in zip(positions, text_digest.digests(ids, positions), strict=True):
-                key = _Key(model, digest)
+                key, cut = _Key(model, digest), position == len(ids) or position % length == 0
                 entry = self._entries.get(key)
                 if entry is not None:
-                    cold = entry.exact and (position == len(ids) or position % length == 0)
-                    found, canonical = (key, cold) if cold or not exact else (found, canonical)
-                elif key in self._gone:
+                    cold = entry.exact and cut
+                    if cold or not exact:
+                        found, canonical = key, cold
+                    else:
+                        passed = position
+                elif key in self._gone and (not exact or (self._gone[key][1] and cut)):
                     lost = position
-            if found is None:
-                return None, True, self._reason(model, ids, 0, lost, token_lengths)
-            self._entries.move_to_end(found)
-            mark = self._entries[found].mark
-            return mark, canonical, self._reason(model, ids, mark.position, lost, token_lengths)
+            if found is not None:
+                self._entries.move_to_end(found)
+            mark = None if found is None else self._entries[found].mark
+            reused = 0 if mark is None else mark.position
+            reason = "evicted" if lost > reused else self._reason(model, ids, reused, passed, token_lengths)
+            return mark, canonical, reason
 
-    def _reason(self, model: _Model, ids: np.ndarray, reused: int, lost: int, token_lengths: np.ndarray) -> str:
-        """Why `ids` have to be read from `reused` on, where a state `lost` tokens in was evicted."""
+    def _reason(self, model: _Model, ids: np.ndarray, reused: int, passed: int, token_lengths: np.ndarray) -> str:
+        """Why `ids` have to be read from `reused` on, where no state behind it was evicted, and the last one there that
+        is not exact, or not where a cold run cuts its pieces, stands at `passed`."""
         if reused == len(ids):
             return "nothing to read"
-        if lost > reused:
-            return "evicted"
-        shared, ended = 0, False
+        shared, ended = passed, True
         for owner, other in self._texts:
             if owner == model and (common := _common(other, ids)) > shared:
                 shared, ended = common, common == len(other)
-        at = int(token_lengths[ids[: max(shared, reused)]].sum())
-        if at == 0:
+        if max(shared, reused) == 0:
             return "no entry"
+        missing = "no exact entry" if passed > reused else "no entry"
         if shared == len(ids):
-            return "no entry nearer to the end"
-        return f"new from byte {at} on" if ended or shared <= reused else f"diverges at byte {at}"
+            return f"{missing} nearer to the end"
+        begin, at = (int(token_lengths[ids[:position]].sum()) for position in (reused, max(shared, reused)))
+        between = f"{missing} between bytes {begin} and {at}; " if shared > reused else ""
+        return between + (f"new from byte {at} on" if ended or shared <= reused else f"diverges at byte {at}")
 
     def _remember(self, model: _Model, ids: np.ndarray) -> None:
         """Keep the text of a request; one that it goes on from is part of it."""
@@ -191,6 +205,7 @@ class StateStore:
             self._texts = [*others, (model, ids)]
             while self._texts and sum(it.nbytes for _, it in self._texts) * _TEXT_SHARE > self.limit_bytes:
                 del self._texts[0]
+            self._fit()
 
     def _put(self, model: _Model, mark: Mark, exact: bool) -> bool:
         """Keep a state, if it fits at all. One that is exact is not replaced by one that is not."""
@@ -198,8 +213,7 @@ class StateStore:
         assert digest is not None
         key, entry = _Key(model, digest), _Entry(mark, exact, mark.nbytes)
         with self._lock:
-            texts = sum(ids.nbytes for _, ids in self._texts)
-            if entry.nbytes + texts > self.limit_bytes:
+            if entry.nbytes > self.limit_bytes:
                 return False
             before = self._entries.get(key)
             kept = before if before is not None and before.exact else entry
@@ -207,18 +221,24 @@ class StateStore:
             self._entries[key] = kept
             self._entries.move_to_end(key)
             self._gone.pop(key, None)
-            while self.nbytes > self.limit_bytes:
-                oldest, evicted = self._entries.popitem(last=False)
-                self._states -= evicted.nbytes
-                self._gone[oldest] = evicted.mark.position
-            while len(self._gone) > _GONE_AT_MOST:
-                self._gone.popitem(last=False)
+            self._fit()
             return True
+
+    def _fit(self) -> None:
+        """Keep to the limit: evict the states used longest ago, and where only the last is left forget texts."""
+        while self.nbytes > self.limit_bytes and len(self._entries) > 1:
+            oldest, evicted = self._entries.popitem(last=False)
+            self._states -= evicted.nbytes
+            self._gone[oldest] = evicted.mark.position, evicted.exact
+        while self.nbytes > self.limit_bytes:
+            del self._texts[0]
+        while len(self._gone) > _GONE_AT_MOST:
+            self._gone.popitem(last=False)
 
 
 def _model(lm: LanguageModel) -> _Model:
     weight = lm.network.embedding.weight
-    return _Model(lm.fingerprint, lm.codec.digest, str(weight.device), str(weight.dtype))
+    return _Model(lm.fingerprint, lm.codec.digest, str(weight.device), str(weight.dtype), lm.storage)
 
 
 def _common(one: np.ndarray, two: np.ndarray) -> int:
