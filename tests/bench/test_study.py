@@ -10,6 +10,7 @@ from milonga.bench.decode import DecodeRow, decode_figures, whole_generation
 from milonga.bench.models import STUDY, study_model
 from milonga.bench.prefill import PrefillRow, prefill_figures
 from milonga.bench.study import as_published, attempt
+from milonga.errors import UserError
 from milonga.evaluation.decoding import DecodeTime, PrefillTime
 
 CPU = torch.device("cpu")
@@ -31,6 +32,18 @@ def test_prompts_of_every_length_have_the_same_total():
     assert result.rows[0]["times_transformer"] == pytest.approx(result.rows[2]["ms"] / result.rows[0]["ms"])
     assert {figure.what for figure in result.figures} >= {"prefill samba, 1 x 32, over transformer"}
     json.dumps(result.to_json("milonga bench prefill"), allow_nan=False)
+
+
+def test_a_total_that_a_length_does_not_divide_is_said_and_one_below_it_refused():
+    result = bench_prefill({"samba": MODELS["samba"]}, [8, 12, 16], 32, CPU, torch.float32, repeats=1)
+    assert [(row["length"], row["batch"], row["tokens"]) for row in result.rows] == [
+        (8, 4, 32),
+        (12, 2, 24),
+        (16, 2, 32),
+    ]
+    assert result.notes[1:] == ["2 x 12: 24 tokens, as prompts of 12 do not make 32"]
+    with pytest.raises(UserError, match="a prompt of 33 tokens is longer than all rows together, 32; give --total 33"):
+        bench_prefill(MODELS, [8, 33], 32, CPU, torch.float32, repeats=1)
 
 
 def test_generation_is_measured_at_positions():

@@ -98,6 +98,7 @@ def test_a_recipe_is_measured_with_its_own_batch(server, tmp_path):
         (["train", "--batch", "0"], "--batch"),
         (["prefill", "--lengths", "1K,two"], "--lengths: expected lengths such as 4096 or 4K, got 'two'"),
         (["prefill", "--total", "0"], "--total: expected lengths such as 4096 or 4K, got '0'"),
+        (["prefill", "--lengths", "64,512", "--total", "256"], "--lengths: a prompt of 512 tokens is longer than all"),
         (["decode", "--model", "gpt"], "the study's models are samba, swa, mamba, transformer"),
         (["first-use", "--what", "everything"], "--what: no part 'everything'"),
     ],

@@ -348,3 +348,14 @@ def test_bad_input() -> None:
     with pytest.raises(ValueError, match="another model"):
         batch.join(MODELS["mamba"].session())
     assert batch.rows == batch.waiting == 0
+
+
+def test_a_session_taken_out_forces_only_what_is_left():
+    lm = opinionated()
+    batch = lm.batch(max_rows=2)
+    ticket = batch.join(b"once", Sampling(forced=b"abcdef", seed=3))
+    for _ in range(4):
+        batch.step()
+    session = batch.leave(ticket)
+    assert session.sampling == Sampling(forced=b"ef", seed=3)
+    assert next(session.generate_bytes(1, session.sampling)) == b"e"

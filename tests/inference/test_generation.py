@@ -124,6 +124,134 @@ def test_a_seed_from_the_system_is_saved_too(tmp_path):
     assert first + rest == b"".join(LM.session().generate_bytes(40, seed=generation.seed))
 
 
+@pytest.mark.parametrize("cut", [0, 3, 9, 20])
+def test_a_forced_text_goes_on_where_the_call_before_left_it(tmp_path, cut):
+    sampling = Sampling(forced="Once € upon".encode(), seed=4, repetition_penalty=1.2)
+    for lm in (LM, opinionated_subwords()):
+        s = lm.session()
+        s.feed(b"once")
+        whole = b"".join(s.fork().generate_bytes(40, sampling))
+        first = b"".join(s.generate_bytes(cut, sampling))
+        assert s.sampling.forced == sampling.forced[len(first) :]
+        s.save(tmp_path / "a.state")
+        for t in (s.fork(), lm.session(tmp_path / "a.state")):
+            assert first + b"".join(t.generate_bytes(40 - cut, t.sampling)) == whole
+        assert s.fork().generate_bytes(1, sampling).__next__()[:1] == b"O", "given again, it is forced again"
+
+
+def test_going_back_brings_the_forced_text_back():
+    s, generation = writing(b"abcdef", 4)
+    before = s.mark()
+    assert "".join(generation) == "abcd"
+    assert s.sampling.forced == b"ef"
+    s.rewind(before)
+    assert s.sampling.forced == b"abcdef"
+
+
+def test_a_text_begins_where_the_session_stands_when_it_is_asked_for():
+    sampling = Sampling(seed=1, temperature=1.3, repetition_penalty=1.4, valid_utf8=True)
+    early = LM.session()
+    waiting = early.generate(30, sampling)
+    other = early.generate(5, Sampling(seed=2))
+    early.feed(b"XYZ" + "é".encode()[:1])
+    late = early.fork()
+    assert "".join(waiting) == "".join(late.generate(30, sampling))
+    assert early.position == late.position
+    assert early.sampling == late.sampling
+    "".join(other)
+    assert early.sampling == Sampling(seed=2), "of what was written last"
+
+
+def test_a_session_that_is_moved_under_a_text_is_an_error():
+    elsewhere = LM.session()
+    elsewhere.feed(b"abcd")
+
+    def rewound_and_fed(s):
+        position = s.position
+        s.rewind(LM.session().mark())
+        s.feed(b"x" * position)
+
+    for move in (
+        lambda s: s.feed(b"XYZ"),
+        lambda s: s.score(b"X"),
+        lambda s: next(s.generate_bytes(3)),
+        lambda s: s.rewind(elsewhere.mark()),
+        rewound_and_fed,
+    ):
+        for generate in (LM.session().generate, LM.session().generate_bytes):
+            s = generate.__self__
+            s.feed(b"once")
+            writing = generate(400, seed=1)
+            next(writing)
+            move(s)
+            twin, position = s.fork(), s.position
+            with pytest.raises(UserError, match="moved to position"):
+                next(writing)
+            assert writing.stop_reason == "closed"
+            assert (s.position, list(writing)) == (position, [])
+            assert b"".join(s.generate_bytes(9)) == b"".join(twin.generate_bytes(9))
+
+
+def test_what_does_not_move_a_session_may_be_done_under_a_text(tmp_path):
+    s = LM.session()
+    writing = s.generate_bytes(40, seed=1)
+    text = next(writing)
+    place = s.mark()
+    s.fork().feed(b"XYZ")
+    s.feed(b"")
+    s.save(tmp_path / "a.state")
+    assert s.nbytes > 0
+    s.rewind(place)
+    assert text + b"".join(writing) == b"".join(LM.session().generate_bytes(40, seed=1))
+
+
+def test_a_text_can_end_at_a_number_of_bytes():
+    lm = opinionated_subwords()
+    sampling = Sampling(seed=3, forced=b" the mat the cat" * 3)
+    whole = lm.session().generate_bytes(60, sampling)
+    tokens = list(whole)
+    assert whole.bytes > whole.tokens == 60
+    for most in (0, 1, 20, 21, 22):
+        t = lm.session()
+        generation = t.generate_bytes(60, sampling)
+        generation.most_bytes = most
+        text = b"".join(generation)
+        assert b"".join(tokens).startswith(text)
+        assert most <= len(text) < most + max(map(len, lm.codec.token_bytes))
+        assert (generation.stop_reason, generation.bytes, t.bytes_read) == ("length", len(text), len(text))
+    _, generation = writing(b"abcST", 9, stop=(b"STOP",))
+    generation.most_bytes = 5
+    assert "".join(generation) == "abcST", "what was held back comes out"
+
+
+def test_numbers_may_be_numpys(tmp_path):
+    s = LM.session()
+    text = b"".join(s.generate_bytes(np.int64(5), top_k=np.int64(3), seed=np.int32(3), temperature=np.float32(0.5)))
+    s.save(tmp_path / "a.state")
+    assert LM.session(tmp_path / "a.state").sampling == Sampling(temperature=0.5, top_k=3, seed=3)
+    assert text == b"".join(LM.session().generate_bytes(5, temperature=0.5, top_k=3, seed=3))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"n": 2.5}, "number of bytes must be a whole number, got 2.5"),
+        ({"n": "3"}, "number of bytes must be a whole number, got '3'"),
+        ({"logprobs": 1.5}, "logprobs must be a whole number"),
+        ({"temperature": "0.8"}, "temperature must be a number, got '0.8'"),
+        ({"seed": 1.5}, "seed must be a whole number"),
+        ({"stop": 3}, "stop must be a text or several"),
+        ({"stop": [3]}, "stop must be a tuple of bytes"),
+        ({"stop": "\ud800"}, "stop: character 0"),
+        ({"stop": ["a", "a\ud800"]}, "stop: character 1"),
+    ],
+)
+def test_arguments_of_another_type_are_told_at_once(arguments, words):
+    for call in (LM.session().generate, LM.session().generate_bytes):
+        with pytest.raises(UserError, match=words):
+            call(**({"n": 3} | arguments))
+
+
 def test_sampling_survives_json():
     one = Sampling(temperature=0.3, stop=(b"\xff", b"a"), banned=b"\x00", forced=b"\xe2", seed=2**63, min_p=0.1)
     assert Sampling.from_json(json.loads(json.dumps(one.to_json()))) == one

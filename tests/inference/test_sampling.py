@@ -1,6 +1,7 @@
 """Choosing the next token."""
 
 import dataclasses
+import json
 
 import numpy as np
 import pytest
@@ -217,11 +218,56 @@ def test_nothing_allowed_that_has_probability_is_an_error():
         ({"stop": (b"a", b"")}, "stop"),
         ({"forced": b"abc", "banned": b"xb"}, "forced.*banned"),
         ({"seed": -1}, "seed"),
+        ({"seed": 1.5}, "seed must be a whole number, got 1.5"),
+        ({"top_k": 2.5}, "top_k must be a whole number"),
+        ({"top_k": np.array([1, 2])}, "top_k must be a whole number"),
+        ({"repetition_window": 2.5}, "repetition_window must be a whole number"),
+        ({"temperature": "0.8"}, "temperature must be a number, got '0.8'"),
+        ({"temperature": None}, "temperature must be a number"),
+        ({"temperature": 10**400}, "temperature must be a number"),
+        ({"top_p": "0.8"}, "top_p must be a number"),
+        ({"min_p": 1j}, "min_p must be a number"),
+        ({"repetition_penalty": "1"}, "repetition_penalty must be a number"),
+        ({"banned": "abc"}, "banned must be bytes, such as b'abc', got 'abc'"),
+        ({"forced": "abc"}, "forced must be bytes, such as b'abc', got 'abc'"),
+        ({"stop": ("abc",)}, "stop must be a tuple of bytes"),
+        ({"valid_utf8": "no"}, "valid_utf8 must be True or False"),
     ],
 )
 def test_settings_out_of_range_are_named(settings, word):
     with pytest.raises(UserError, match=word):
         Sampling(**settings)
+
+
+def test_numbers_are_kept_as_pythons():
+    given = Sampling(
+        temperature=np.float32(0.5),
+        top_k=np.int64(3),
+        top_p=np.float64(0.5),
+        min_p=np.int8(0),
+        repetition_penalty=2,
+        repetition_window=np.uint16(9),
+        valid_utf8=np.True_,
+        seed=np.uint64(2**63),
+    )
+    plain = Sampling(
+        temperature=0.5,
+        top_k=3,
+        top_p=0.5,
+        min_p=0.0,
+        repetition_penalty=2.0,
+        repetition_window=9,
+        valid_utf8=True,
+        seed=2**63,
+    )
+    assert given == plain
+    assert json.dumps(given.to_json()) == json.dumps(plain.to_json())
+
+
+def test_settings_behind_some_bytes_force_only_what_is_left():
+    whole = Sampling(forced=b"abc", seed=3, banned=b"x")
+    assert [whole.behind(written).forced for written in (-1, 0, 1, 3, 9)] == [b"abc", b"abc", b"bc", b"", b""]
+    assert whole.behind(2) == Sampling(forced=b"c", seed=3, banned=b"x")
 
 
 def test_settings_do_not_change():

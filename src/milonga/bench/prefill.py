@@ -15,8 +15,12 @@ from milonga.bench.figures import Figure, number
 from milonga.bench.models import BASELINE, product_flops
 from milonga.bench.result import BenchResult, Lines, Progress, Table, silent
 from milonga.bench.study import Models, as_published, attempt, curves_plot, forget, settings_of, times
+from milonga.errors import UserError
 from milonga.evaluation.decoding import PrefillTime, measure_prefill, random_network
 from milonga.evaluation.drawing import byte_count
+
+
+_PAPER = f"paper: {paper.PROMPT_RATIO}x for samba over transformer at one prompt of {paper.PROMPT_TOKENS}, on an A100"
 
 
 @dataclass(frozen=True)
@@ -50,7 +54,12 @@ def bench_prefill(
     repeats: int = 3,
     progress: Progress = silent,
 ) -> BenchResult:
-    """Time reading `total` tokens as prompts of each length (one row where a prompt is longer than that)."""
+    """Time reading `total` tokens as prompts of each length: as many rows as that has room for.
+
+    Raises:
+        UserError: if a prompt is longer than that.
+    """
+    batch_of = batches(lengths, total)
     ceilings = Ceilings(device)
     rows: list[PrefillRow] = []
     parts = len(models) * len(lengths)
@@ -58,7 +67,7 @@ def bench_prefill(
         progress(len(rows), parts, f"{name}: making random weights")
         network = random_network(config, device, dtype)
         for length in lengths:
-            batch = max(1, total // length)
+            batch = batch_of[length]
             progress(len(rows), parts, f"{name}: {batch} x {byte_count(length)}")
 
             def work(length: int = length, batch: int = batch) -> PrefillTime:
@@ -78,8 +87,31 @@ def bench_prefill(
         [_prefill_table(rows, f"Reading prompts, {dtype_name(dtype)} on {gpu or 'the CPU'}")],
         _prefill_plots(rows, as_published(models)),
         ceilings.to_json(),
-        [f"paper: {paper.PROMPT_RATIO}x for samba over transformer at one prompt of {paper.PROMPT_TOKENS}, on an A100"],
+        [_PAPER, *_real_totals(lengths, total)],
     )
+
+
+def batches(lengths: Sequence[int], total: int) -> dict[int, int]:
+    """Rows of each length that `total` tokens have room for.
+
+    Raises:
+        UserError: if a length is above the total.
+    """
+    if too_long := [length for length in lengths if length > total]:
+        raise UserError(
+            f"--lengths: a prompt of {max(too_long)} tokens is longer than all rows together, {total}; "
+            f"give --total {max(too_long)} or more"
+        )
+    return {length: total // length for length in lengths}
+
+
+def _real_totals(lengths: Sequence[int], total: int) -> list[str]:
+    """Lines on the lengths that do not divide the total."""
+    return [
+        f"{batch} x {length}: {batch * length} tokens, as prompts of {length} do not make {total}"
+        for length, batch in batches(lengths, total).items()
+        if total % length
+    ]
 
 
 def _prefill_ratio(row: PrefillRow, rows: Sequence[PrefillRow]) -> float | None:
@@ -93,6 +125,7 @@ def _prefill_json(row: PrefillRow, rows: Sequence[PrefillRow]) -> dict[str, Any]
         "model": row.model,
         "length": row.length,
         "batch": row.batch,
+        "tokens": row.length * row.batch,
         "piece": timed and timed.piece,
         "ms": timed and timed.milliseconds,
         "spread": timed and timed.spread,

@@ -154,7 +154,10 @@ def prefill(
     lengths: Lengths = None,
     total: Annotated[
         str | None,
-        typer.Option(help="Tokens of all rows together. [default: 128K, or 1K with --small]", metavar="LENGTH"),
+        typer.Option(
+            help="Tokens of all rows together. [default: 128K, 1K with --small, or the longest length]",
+            metavar="LENGTH",
+        ),
     ] = None,
     small: Small = None,
     dtype: Dtype = None,

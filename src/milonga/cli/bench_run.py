@@ -16,6 +16,7 @@ from milonga.bench.first_use import parse_parts
 from milonga.bench.models import ON_CPU, ON_GPU, STUDY, TrainingShape, study_model, training_shape
 from milonga.bench.ops import jobs_of, parse_dtype, parse_ops, parse_shape
 from milonga.bench.page import check_plot, figure_table, render, write_plot
+from milonga.bench.prefill import batches
 from milonga.bench.result import Progress
 from milonga.cli import console
 from milonga.errors import UserError
@@ -246,14 +247,16 @@ def run_bench_prefill(
     """Measure prompts.
 
     Raises:
-        UserError: if a model, length, dtype or device is not known or not there.
+        UserError: if a model, length, dtype or device is not known or not there, or a length above the total.
     """
     place = choose_device(device)
     check(outputs)
     tiny = place.type != "cuda" if small is None else small
     chosen, used = parse_dtype(dtype, place), _models(models, tiny)
     sizes = _lengths(lengths, SMALL_LENGTHS if tiny else PAPER_LENGTHS)
-    tokens = parse_length(total, "--total") if total is not None else max(SMALL_LENGTHS if tiny else PAPER_LENGTHS)
+    usual = max(*sizes, *(SMALL_LENGTHS if tiny else PAPER_LENGTHS))
+    tokens = parse_length(total, "--total") if total is not None else usual
+    batches(sizes, tokens)  # what cannot be is refused before anything is shown
     with shown("measurements") as progress:
         result = bench_prefill(used, sizes, tokens, place, chosen, progress=progress)
     return finish(result, outputs)

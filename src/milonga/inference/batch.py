@@ -369,7 +369,7 @@ class Batch:
         self._decoder.clear(last)
         whole = replace(place, state=state, logits=logits)
         session = self._at(whole)
-        session.sampling = text.sampling
+        session.sampling = text.sampler.rest
         return session
 
 

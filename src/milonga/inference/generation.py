@@ -1,5 +1,6 @@
 """Writing a text token by token: what comes out, when it ends, and what is known afterwards."""
 
+import math
 import time
 from collections.abc import Callable, Generator
 from contextlib import closing
@@ -8,7 +9,8 @@ from typing import Generic, Literal, NamedTuple, Protocol, TypeVar
 import numpy as np
 
 from milonga.data.text import TextCodec, Utf8Stream
-from milonga.inference.sampling import Sampler, log2_probabilities
+from milonga.errors import UserError
+from milonga.inference.sampling import Sampler, Sampling, log2_probabilities
 
 Piece = TypeVar("Piece", str, bytes)
 StopReason = Literal["length", "stop", "closed"]
@@ -30,8 +32,17 @@ class Writer(Protocol):
     @property
     def pending(self) -> bytes: ...
     @property
+    def position(self) -> int: ...
+    @property
+    def place(self) -> object: ...
+    @property
+    def sampling(self) -> Sampling | None: ...
+    @sampling.setter
+    def sampling(self, sampling: Sampling | None) -> None: ...
+    @property
     def logits(self) -> np.ndarray: ...
     def read_ids(self, ids: np.ndarray) -> None: ...
+    def sampler(self, sampling: Sampling, n: int | None = None) -> Sampler: ...
 
 
 class StopFinder:
@@ -81,13 +92,15 @@ class Generation(Generic[Piece]):
     """A text as it is written: an iterator over its pieces, which knows afterwards how it went.
 
     A token is drawn when the next piece is asked for, and read before the piece is given out. Nothing that was given
-    out is kept, so a text may go on for as long as one likes.
+    out is kept, so a text may go on for as long as one likes. The text begins where the session stands when the first
+    piece is asked for; from then on until the last one the session is to be left alone.
 
     Attributes:
+        most_bytes: it ends behind the token that makes as many, too; infinite unless set.
         tokens: tokens written so far; their bytes may not all have been given out (see `Session.generate`).
         bytes: bytes of those tokens.
         seconds: time spent drawing and reading them.
-        stop_reason: `length` (all the tokens asked for), `stop` (a stop text), `closed` (by `close`, or interrupted),
+        stop_reason: `length` (all that was asked for), `stop` (a stop text), `closed` (by `close`, or interrupted),
             and None while more is to come.
         stop: the stop text that ended it.
         logprobs: of every token, where they were asked for.
@@ -104,6 +117,8 @@ class Generation(Generic[Piece]):
     ):
         self._session, self._n, self._sampler, self._alternatives = session, n, sampler, logprobs
         self._pieces = pieces(self, self._drawn())
+        self._place = session.place
+        self.most_bytes = math.inf
         self.tokens, self.bytes, self.seconds = 0, 0, 0.0
         self.stop_reason: StopReason | None = None
         self.stop: bytes | None = None
@@ -131,7 +146,8 @@ class Generation(Generic[Piece]):
         """The bytes before any stop, as soon as they are certain."""
         finder = StopFinder(stops) if (stops := self._sampler.sampling.stop) else None
         try:
-            for _ in range(self._n):
+            self._begin()
+            while self.tokens < self._n and self.bytes < self.most_bytes:
                 data = self._token()
                 certain = data if finder is None else finder.feed(data)
                 if finder is not None and finder.found is not None:
@@ -145,13 +161,31 @@ class Generation(Generic[Piece]):
         finally:  # closed, interrupted, or a broken model
             self.stop_reason = self.stop_reason or "closed"
 
+    @property
+    def pending(self) -> bytes:
+        """The beginning of a character that the session's text ends in."""
+        return self._session.pending
+
+    def _begin(self) -> None:
+        """Stand where the session does now: it may have moved since this was made."""
+        if self._session.place is not self._place:
+            self._sampler = self._session.sampler(self._sampler.sampling, self._n)
+            self._place = self._session.place
+        self._session.sampling = self._sampler.sampling
+
     def _token(self) -> bytes:
         """Draw one token and read it."""
+        if self._session.place is not self._place:
+            raise UserError(
+                f"generate: the session was moved to position {self._session.position} while a text was being written; "
+                "close that generation, or take all of it, before the session reads or goes elsewhere"
+            )
         began = time.perf_counter()
         logits = self._session.logits
         token = self._sampler.draw(logits)
         data = self._session.codec.token_bytes[token]
         self._session.read_ids(np.array([token]))
+        self._place = self._session.place
         if self._alternatives is not None:
             self.logprobs.append(self._logprob(logits, token, self._alternatives))
         self.tokens, self.bytes = self.tokens + 1, self.bytes + len(data)
@@ -172,14 +206,19 @@ def as_bytes(generation: Generation[bytes], chunks: Generator[bytes, None, None]
                 yield data
 
 
-def as_text(pending: bytes) -> Callable[[Generation[str], Generator[bytes, None, None]], Generator[str, None, None]]:
+def as_text(
+    pending: bytes | None = None,
+) -> Callable[[Generation[str], Generator[bytes, None, None]], Generator[str, None, None]]:
     """Whole characters behind a text that ends in `pending`; bytes that are not UTF-8 come out as U+FFFD.
 
     A character that the last token cuts is left to the session, unless the text ends there by a stop.
+
+    Args:
+        pending: the beginning of a character; None for what the session ends in when the first piece is asked for.
     """
 
     def pieces(generation: Generation[str], chunks: Generator[bytes, None, None]) -> Generator[str, None, None]:
-        stream = Utf8Stream(pending)
+        stream = Utf8Stream(generation.pending if pending is None else pending)
         with closing(chunks):
             for data in chunks:
                 text = stream.feed(data)

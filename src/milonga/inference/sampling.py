@@ -6,10 +6,12 @@ same distribution.
 
 import dataclasses
 import math
+import numbers
+import operator
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, SupportsIndex
 
 import numpy as np
 
@@ -41,10 +43,13 @@ class Sampling:
         valid_utf8: write nothing but UTF-8 (RFC 3629: no overlong forms, no surrogates), and end on a whole character
             where the length allows it.
         seed: of the draws; None takes one from the operating system. The number drawn with is a function of the seed
-            and the position in the text alone: a text written in two calls, or after a resume, is that of one.
+            and the position in the text alone: a text written in two calls, or after a resume, is that of one, as far
+            as `Session.sampling` says.
+
+    Whole numbers and numbers may be NumPy's; they are kept as Python's.
 
     Raises:
-        UserError: if a setting is out of range, or they leave nothing to write.
+        UserError: if a setting is of another type or out of range, or they leave nothing to write.
     """
 
     temperature: float = 1.0
@@ -60,6 +65,7 @@ class Sampling:
     seed: int | None = 0
 
     def __post_init__(self) -> None:
+        self._take_types()
         _require(math.isfinite(self.temperature) and self.temperature >= 0, "temperature", "0 or more", self)
         _require(self.top_k is None or self.top_k >= 1, "top_k", "at least 1", self)
         _require(self.top_p is None or 0 < self.top_p <= 1, "top_p", "above 0 and at most 1", self)
@@ -73,6 +79,27 @@ class Sampling:
         both = sorted(set(self.forced) & set(self.banned))
         if both:
             raise UserError(f"generate: forced holds the byte {both[0]}, which is banned")
+
+    def _take_types(self) -> None:
+        """Keep every setting as the Python type that it is declared with, whatever kind of number was given."""
+        numbers_ = {"temperature": self.temperature, "repetition_penalty": self.repetition_penalty}
+        numbers_ |= {name: value for name, value in (("top_p", self.top_p), ("min_p", self.min_p)) if value is not None}
+        wholes: dict[str, object] = {"repetition_window": self.repetition_window}
+        wholes |= {name: value for name, value in (("top_k", self.top_k), ("seed", self.seed)) if value is not None}
+        taken: dict[str, object] = {name: real_number(value, name) for name, value in numbers_.items()}
+        taken |= {name: whole_number(value, name) for name, value in wholes.items()}
+        for name, value in (("banned", self.banned), ("forced", self.forced)):
+            if not isinstance(value, bytes):
+                raise UserError(f"generate: {name} must be bytes, such as b'abc', got {value!r}")
+        if not isinstance(self.valid_utf8, bool | np.bool_):
+            raise UserError(f"generate: valid_utf8 must be True or False, got {self.valid_utf8!r}")
+        for name, value in (taken | {"valid_utf8": bool(self.valid_utf8)}).items():
+            object.__setattr__(self, name, value)
+
+    def behind(self, written: int) -> "Sampling":
+        """The settings to go on with once so many bytes of a text are written: what is left of `forced`."""
+        left = self.forced[max(0, written) :]
+        return self if left == self.forced else dataclasses.replace(self, forced=left)
 
     def to_json(self) -> dict[str, object]:
         """The settings, JSON-ready; bytes as hexadecimal digits."""
@@ -105,6 +132,34 @@ class Sampling:
 def _require(holds: bool, name: str, what: str, settings: Sampling) -> None:
     if not holds:
         raise UserError(f"generate: {name} must be {what}, got {dataclasses.asdict(settings)[name]}")
+
+
+def whole_number(value: object, name: str) -> int:
+    """A whole number of any type as Python's.
+
+    Raises:
+        UserError: if it is none.
+    """
+    if isinstance(value, SupportsIndex):
+        try:
+            return operator.index(value)
+        except TypeError:  # an array of several, say
+            pass
+    raise UserError(f"generate: {name} must be a whole number, got {value!r}")
+
+
+def real_number(value: object, name: str) -> float:
+    """A number of any type as Python's.
+
+    Raises:
+        UserError: if it is none.
+    """
+    if isinstance(value, numbers.Real):
+        try:
+            return float(value)
+        except OverflowError:  # a whole number past them all
+            pass
+    raise UserError(f"generate: {name} must be a number, got {value!r}")
 
 
 def distribution(
@@ -257,6 +312,11 @@ class Sampler:
         self._context = deque((int(token) for token in context[-window:]) if window else (), maxlen=window)
         self._constraint, self._left = constraint, left
         self._place = constraint.start(pending) if constraint is not None else None
+
+    @property
+    def rest(self) -> Sampling:
+        """The settings that a text goes on with from here: see `Sampling.behind`."""
+        return self.sampling.behind(self._place.forced if self._place is not None else 0)
 
     def probabilities(self, logits: np.ndarray) -> np.ndarray:
         """float64 `[V]`: what the next token is drawn from, for `logits [V]`. Raises as `distribution`."""

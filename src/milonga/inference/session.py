@@ -11,12 +11,11 @@ from torch import Tensor
 
 from milonga.data.text import Text, TextCodec
 from milonga.errors import UserError
-from milonga.inference.constraints import Constraint
 from milonga.inference.generation import Generation, as_bytes, as_text
 from milonga.inference.in_place import InPlace, last_ids
 from milonga.inference.marks import KeptMarks, Mark
 from milonga.inference.sampling import Sampler, Sampling
-from milonga.inference.session_arguments import Stops, alternatives, settings_of
+from milonga.inference.session_arguments import Stops, alternatives, sampler_at, settings_of, tokens_asked
 from milonga.inference.session_file import read_session, write_session
 from milonga.models.network import LogitsOf, Network
 from milonga.state import clone
@@ -56,8 +55,6 @@ class Session:
 
     Attributes:
         codec: what turns text into the model's tokens. Of a model of bytes, tokens are bytes.
-        sampling: the settings and the seed of the last `generate`, here or before the session was saved; None if there
-            was none. `generate(n, session.sampling)` goes on as if that had not ended.
     """
 
     def __init__(
@@ -65,7 +62,7 @@ class Session:
     ):
         self._network, self._fingerprint, self._in_place = network, fingerprint, in_place
         self.codec = codec
-        self.sampling: Sampling | None = None
+        self._sampling: tuple[Sampling, int] | None = None  # of the last text written, and the byte it began at
         weight = network.embedding.weight
         self._device = weight.device
         with torch.inference_mode():
@@ -118,6 +115,26 @@ class Session:
     def pending(self) -> bytes:
         """The last bytes read, where they are the beginning of a UTF-8 character that is not whole yet (at most 3)."""
         return self._place.pending
+
+    @property
+    def place(self) -> object:
+        """An object that stays the same as long as the session neither reads nor goes elsewhere."""
+        return self._place.recent
+
+    @property
+    def sampling(self) -> Sampling | None:
+        """The settings and the seed of the last `generate`, here or before the session was saved, without what is
+        written of `forced`; None if there was none. With nothing read since, `generate(n, session.sampling)` goes on as
+        if that had not ended, but for `valid_utf8`, which had it end on a whole character, and a `stop` that lies
+        across the place: each call looks for it in its own text."""
+        if self._sampling is None:
+            return None
+        sampling, began = self._sampling
+        return sampling.behind(self.bytes_read - began)
+
+    @sampling.setter
+    def sampling(self, sampling: Sampling | None) -> None:
+        self._sampling = None if sampling is None else (sampling, self.bytes_read)
 
     @property
     def logits(self) -> np.ndarray:
@@ -195,8 +212,9 @@ class Session:
         """Write and read at most `n` tokens, given out as text as soon as there is a whole character.
 
         Each token is drawn when the next piece is asked for, and read before the piece is given out: closing the
-        generation leaves the session behind the last token drawn. A character that the n-th token cuts stays `pending`;
-        if the session goes on to write, it begins the next piece. Bytes that are not UTF-8 come out as U+FFFD.
+        generation leaves the session behind the last token drawn. It begins where the session stands when the first
+        piece is asked for; between two pieces the session must not be moved. A character that the n-th token cuts stays
+        `pending`; if the session goes on to write, it begins the next piece. What is not UTF-8 comes out as U+FFFD.
 
         A stop text is not given out, nor is anything that could still become one; the session has read it.
 
@@ -209,10 +227,10 @@ class Session:
                 likeliest tokens, >= 0; None for none.
 
         Raises:
-            UserError: if an argument is out of range (at once), or the model predicts NaN.
+            UserError: if an argument is out of range (at once), the model predicts NaN, or the session was moved.
         """
-        settings = settings_of(sampling, temperature, top_k, top_p, seed, stop)
-        return Generation(self, n, self._writing(n, settings), alternatives(logprobs), as_text(self.pending))
+        settings, n = settings_of(sampling, temperature, top_k, top_p, seed, stop), tokens_asked(n)
+        return Generation(self, n, self._writing(n, settings), alternatives(logprobs), as_text())
 
     def generate_bytes(
         self,
@@ -227,7 +245,7 @@ class Session:
         logprobs: int | None = None,
     ) -> Generation[bytes]:
         """As `generate`, but the bytes of each token, UTF-8 or not: `n` pieces unless a stop ends it."""
-        settings = settings_of(sampling, temperature, top_k, top_p, seed, stop)
+        settings, n = settings_of(sampling, temperature, top_k, top_p, seed, stop), tokens_asked(n)
         return Generation(self, n, self._writing(n, settings), alternatives(logprobs), as_bytes)
 
     def sampler(self, sampling: Sampling, n: int | None = None) -> Sampler:
@@ -236,29 +254,13 @@ class Session:
         Raises:
             UserError: if the settings leave nothing to write here.
         """
-        constraint = None
-        if sampling.constrains:
-            constraint = Constraint(
-                self.codec.token_bytes,
-                banned=sampling.banned,
-                forced=sampling.forced,
-                valid_utf8=sampling.valid_utf8,
-            )
-        here = self._place
-        return Sampler(
-            sampling,
-            position=here.position,
-            context=here.recent,
-            constraint=constraint,
-            pending=here.pending,
-            left=n,
-        )
+        return sampler_at(self._place, self.codec, sampling, n)
 
     def fork(self) -> "Session":
         """A second session at the same place. The two share no memory; neither notices the other. It keeps no marks."""
         twin, here = Session(self._network, self.codec, self._fingerprint, self._in_place), self._here
         twin._here = replace(here, state=clone(here.state), logits=here.logits.clone())
-        twin.sampling = self.sampling
+        twin._sampling = self._sampling
         return twin
 
     def mark(self) -> Mark:
@@ -319,8 +321,9 @@ class Session:
             UserError: if the file is missing, damaged, of another model or of a newer format.
         """
         like = replace(self._here, state=self._network.init_state(1))
-        mark, self.sampling = read_session(Path(path), self._fingerprint(), self.codec, like)
+        mark, sampling = read_session(Path(path), self._fingerprint(), self.codec, like)
         self._go(mark)
+        self.sampling = sampling
 
     def _go(self, mark: Mark) -> None:
         """Stand at a mark. Marks kept on the way there stay; if it is on another way, keeping them starts anew."""
@@ -332,8 +335,6 @@ class Session:
         self._here = mark
 
     def _writing(self, n: int, settings: Sampling) -> Sampler:
-        if n < 0:
-            raise UserError(f"generate: the number of bytes must be 0 or more, got {n}")
         sampler = self.sampler(settings, n)
         self.sampling = sampler.sampling
         return sampler

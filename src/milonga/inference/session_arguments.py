@@ -1,9 +1,12 @@
-"""The arguments with which a session is asked to write."""
+"""The arguments with which a session is asked to write, and the sampler that they make."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
+from milonga.data.text import TextCodec
 from milonga.errors import UserError
-from milonga.inference.sampling import Sampling
+from milonga.inference.constraints import Constraint
+from milonga.inference.marks import Mark
+from milonga.inference.sampling import Sampler, Sampling, whole_number
 
 Stops = str | bytes | Sequence[str | bytes]
 
@@ -28,16 +31,59 @@ def settings_of(
 
 
 def _stop_texts(stop: Stops) -> tuple[bytes, ...]:
+    if not isinstance(stop, Iterable):
+        raise UserError(f"generate: stop must be a text or several, str or bytes, got {stop!r}")
     texts = (stop,) if isinstance(stop, str | bytes) else tuple(stop)
-    return tuple(text.encode() if isinstance(text, str) else text for text in texts)
+    return tuple(_encoded(text) if isinstance(text, str) else text for text in texts)
+
+
+def _encoded(text: str) -> bytes:
+    try:
+        return text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"generate: stop: character {error.start} (U+{ord(text[error.start]):04X}) is half of a pair, so this was "
+            "never valid UTF-8: give the raw bytes instead"
+        ) from error
+
+
+def tokens_asked(n: int) -> int:
+    """How many tokens are to be written.
+
+    Raises:
+        UserError: if it is no whole number, or below 0.
+    """
+    count = whole_number(n, "the number of bytes")
+    if count < 0:
+        raise UserError(f"generate: the number of bytes must be 0 or more, got {count}")
+    return count
 
 
 def alternatives(count: int | None) -> int | None:
     """Of how many of the likeliest tokens log-probabilities are kept; None for none at all.
 
     Raises:
-        UserError: if it is below 0.
+        UserError: if it is no whole number, or below 0.
     """
-    if count is not None and count < 0:
-        raise UserError(f"generate: logprobs must be 0 or more, got {count}")
-    return count
+    if count is None:
+        return None
+    kept = whole_number(count, "logprobs")
+    if kept < 0:
+        raise UserError(f"generate: logprobs must be 0 or more, got {kept}")
+    return kept
+
+
+def sampler_at(here: Mark, codec: TextCodec, sampling: Sampling, n: int | None = None) -> Sampler:
+    """A sampler that stands at a place, to draw at most `n` tokens.
+
+    Raises:
+        UserError: if the settings leave nothing to write there.
+    """
+    constraint = None
+    if sampling.constrains:
+        constraint = Constraint(
+            codec.token_bytes, banned=sampling.banned, forced=sampling.forced, valid_utf8=sampling.valid_utf8
+        )
+    return Sampler(
+        sampling, position=here.position, context=here.recent, constraint=constraint, pending=here.pending, left=n
+    )
