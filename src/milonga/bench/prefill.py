@@ -19,7 +19,6 @@ from milonga.errors import UserError
 from milonga.evaluation.decoding import PrefillTime, measure_prefill, random_network
 from milonga.evaluation.drawing import byte_count
 
-
 _PAPER = f"paper: {paper.PROMPT_RATIO}x for samba over transformer at one prompt of {paper.PROMPT_TOKENS}, on an A100"
 
 
