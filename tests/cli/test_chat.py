@@ -13,6 +13,7 @@ import time
 import pytest
 
 from milonga.cli import main
+from milonga.cli.chat import HELP
 from milonga.cli.sampling_options import unescaped
 from milonga.errors import UserError
 from milonga.inference import Sampling, load
@@ -105,6 +106,26 @@ never read
     assert re.search(r"^\[other, ", done.err, re.MULTILINE)
 
 
+def test_every_session_has_its_own_rate(chat):
+    done = chat(b"Hello\n/fork other\nHow are you\n/go main\n/stats\n/go other\n", "--bytes", "9")
+    rates = re.findall(r"\[(?:main, |other, )?[\d,]+ bytes, ([\d,.]+) bytes/s", done.err)
+    assert len(rates) == 5
+    first, second = rates[0], rates[2]
+    assert rates == [first, first, second, first, second]
+    assert f"last reply: {first} bytes/s" in done.err
+
+
+def test_a_chat_loads_its_model_as_it_is_asked_to(folder, chat):
+    done = chat(b"Hello\n", "--bytes", "60", "--weights", "int8")
+    session = load(folder / "model.safetensors", device="cpu", weights="int8").session()
+    assert done.out == reply(session, b"Hello", 60)
+    assert "--weights: must be one of" in chat(b"", "--weights", "int4").err
+
+
+def test_help_fits_a_narrow_terminal():
+    assert max(map(len, HELP.splitlines())) <= 79
+
+
 def test_a_chat_goes_on_from_a_state_file(chat):
     first = chat(b"Hello\n/save b.state\nHow are you\n", "--bytes", "30").out
     later = chat(b"How are you\n", "--bytes", "30", "--load", "b.state").out
@@ -123,6 +144,7 @@ def test_errors_of_commands_do_not_end_it(folder, chat):
 /rewind x
 /rewind \xc2\xb2
 /rewind 99999999999999999999
+/rewind 0065
 /save .
 /save a\0b
 Hello
@@ -132,13 +154,15 @@ Hello
 /go
 /go nowhere
 /
+/quit now
 \xff/quit
 """
     done = chat(text, "--bytes", "5")
     complaints = [line for line in done.err.splitlines() if line.startswith("chat: ")]
     words = ["/nonsense", "usage", "cannot write", "nowhere.state", "text.txt", "no such state file", "only 0 turns"]
-    words += ["'x'", "'\u00b2'", "'99999999999999999999'", "that is a folder", "zero byte"]
-    words += ["only 1 turns", "usage", "already", "not ''", "'nowhere'", "no command /"]
+    words += ["'x'", "'\u00b2'", "/rewind 99999999999999999999: only 0 turns", "/rewind 65: only 0"]
+    words += ["that is a folder", "zero byte", "only 1 turns", "usage", "already"]
+    words += ["usage: /go NAME, of the sessions main", "not 'nowhere'", "no command /;", "/quit takes nothing"]
     assert len(complaints) == len(words)
     for word, complaint in zip(words, complaints, strict=True):
         assert word in complaint

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from milonga.cli import console, main
@@ -106,12 +107,52 @@ def test_json_says_how_it_ended(model, capsys):
 
 def test_a_model_of_subwords_writes_about_as_many_bytes(capsys, monkeypatch):
     lm = opinionated_subwords()
-    monkeypatch.setattr(generate_module, "load", lambda run, device: lm)
-    generate("any", prompt="the cat", count=40, json_=True)
+    monkeypatch.setattr(generate_module, "load", lambda run, **_: lm)
+    sampling = Sampling(forced=b" the mat the cat the" + b"aSTa", stop=(b"STOP",))
+    generate("any", prompt="the cat", count=23, json_=True, sampling=sampling)
     facts = json.loads(capsys.readouterr().out)
     longest = max(len(token) for token in lm.codec.token_bytes)
-    assert 40 <= facts["bytes"] < 40 + 3 + longest
-    assert facts["prompt_bytes"] == 7
+    assert 23 <= facts["bytes"] < 23 + longest
+    assert facts["tokens"] < facts["bytes"] == len(facts["text"]), "what could have become a stop comes out at the end"
+    assert (facts["stop_reason"], facts["prompt_bytes"]) == ("length", 7)
+
+
+def test_the_rate_is_that_of_the_writing_from_the_first_byte_on(model):
+    """In a process of its own, where the first step loads the kernels."""
+    command = [str(Path(sys.executable).parent / "milonga"), "generate", model, "--prompt", "x", "--device", "cpu"]
+    rates = []
+    for count in ("2", "60"):
+        done = subprocess.run([*command, "--bytes", count, "--json"], capture_output=True, check=True, timeout=100)
+        rates.append(json.loads(done.stdout)["bytes_per_second"])
+    assert rates[0] > rates[1] / 8  # with the loading it was a hundredth
+
+
+def test_weights_and_dtype_are_those_of_load(model, capsys, tmp_path):
+    for options, how in (
+        (["--weights", "int8"], {"weights": "int8"}),
+        (["--weights", "bf16"], {"weights": "bf16"}),
+        (["--dtype", "float64"], {"dtype": "float64"}),
+    ):
+        lm = load(model, device="cpu", **how)
+        session = lm.session()
+        session.feed(b"once")
+        saved = str(tmp_path / "a.state")
+        code = main.run(
+            ["generate", model, "--prompt", "once", "--bytes", "60", "--device", "cpu", *options, "--save", saved]
+        )
+        assert code == 0
+        assert capsys.readouterr().out == "".join(session.generate(60, temperature=0.8))
+        assert np.array_equal(lm.session(saved).logits, session.logits)
+        plain = load(model, device="cpu").session()
+        plain.feed(b"once")
+        "".join(plain.generate(60, temperature=0.8))
+        assert not np.array_equal(plain.logits, session.logits)
+    for options, words in (
+        (["--weights", "int4"], "--weights: must be one of bf16, int8, got 'int4'"),
+        (["--dtype", "fp8"], "dtype 'fp8' cannot be used"),
+    ):
+        assert main.run(["generate", model, "--device", "cpu", *options]) == 2
+        assert words in capsys.readouterr().err
 
 
 def test_a_long_prompt_shows_how_far_it_is(model, capsys, monkeypatch):

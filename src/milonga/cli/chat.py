@@ -11,8 +11,7 @@ from collections import deque
 from collections.abc import Callable
 
 from milonga.cli import console
-from milonga.cli.generate import warm_up
-from milonga.cli.sampling_options import end_at
+from milonga.cli.generate import storage_of, warm_up
 from milonga.errors import UserError
 from milonga.inference import LanguageModel, Mark, Sampling, Session, load
 
@@ -21,10 +20,12 @@ if sys.platform != "win32":
 
 # Turns that can be taken back; each keeps one state.
 TURNS = 64
+# No line longer than a narrow terminal.
 HELP = """\
-TEXT            the model reads the line and goes on; an empty line lets it go on alone
+TEXT            the model reads the line and goes on; an empty line lets it go
+                on alone
 //TEXT          a line that begins with a slash
-/save FILE      save the session; /load FILE, or `milonga chat RUN --load FILE`, goes on from there
+/save FILE      save the session; `milonga chat RUN --load FILE` goes on there
 /load FILE      go to a saved place
 /rewind [N]     take the last N turns back (1)
 /fork NAME      go on in a copy of the session; the other stays where it is
@@ -35,11 +36,12 @@ TEXT            the model reads the line and goes on; an empty line lets it go o
 
 
 class Branch:
-    """A session, and the places before its last turns."""
+    """A session, the places before its last turns, and how fast the last reply in it was written."""
 
     def __init__(self, session: Session):
         self.session = session
         self.turns: deque[Mark] = deque(maxlen=TURNS)
+        self.rate = float("nan")  # bytes/s
 
 
 class Chat:
@@ -65,7 +67,6 @@ class Chat:
             "stats": self._stats,
             "help": lambda argument: console.say(HELP),
         }
-        self.rate = float("nan")  # bytes/s of the last reply
 
     @property
     def _branch(self) -> Branch:
@@ -92,6 +93,8 @@ class Chat:
     def _command(self, words: str) -> None:
         name, _, argument = words[1:].partition(" ")
         command = self._commands.get(name)
+        if name == "quit":
+            raise UserError(f"/quit takes nothing behind it, got {argument.strip()!r}")
         if command is None:
             raise UserError(f"no command /{name}; /help lists them, and // begins a text with a slash")
         command(argument.strip())
@@ -107,24 +110,23 @@ class Chat:
             raise
         branch.turns.append(before)
         generation = branch.session.generate(self._bytes, self._sampling)
+        generation.most_bytes = self._bytes  # of subwords `generate` counts tokens
         terminal = sys.stdout.isatty()
         try:
             for piece in generation:
                 sys.stdout.write(console.harmless(piece) if terminal else piece)
                 sys.stdout.flush()
-                end_at(generation, self._bytes)
         finally:
             generation.close()
             sys.stdout.write("\n")
             sys.stdout.flush()
-            self.rate = generation.bytes_per_second
+            branch.rate = generation.bytes_per_second
             self.status()
 
     def status(self) -> None:
         """One line: where the session stands, how fast it wrote, what it holds."""
-        session = self._branch.session
-        name = self._name if len(self._branches) > 1 else None
-        console.standing(session.bytes_read, self.rate, session.nbytes, name)
+        branch, name = self._branch, self._name if len(self._branches) > 1 else None
+        console.standing(branch.session.bytes_read, branch.rate, branch.session.nbytes, name)
 
     def _save(self, argument: str) -> None:
         path = _needed(argument, "/save FILE")
@@ -141,11 +143,12 @@ class Chat:
         self.status()
 
     def _rewind(self, argument: str) -> None:
-        if not re.fullmatch("[0-9]{0,9}", argument):
+        if not re.fullmatch("[0-9]*", argument):
             raise UserError(f"/rewind takes a number of turns, got {argument!r}")
-        count, turns = int(argument or 1), self._branch.turns
-        if count > len(turns):
-            raise UserError(f"/rewind {count}: only {len(turns)} turns can be taken back (at most {TURNS} are kept)")
+        digits, turns = argument.lstrip("0") if argument else "1", self._branch.turns
+        if len(digits) > len(str(TURNS)) or int(digits or 0) > len(turns):
+            raise UserError(f"/rewind {digits}: only {len(turns)} turns can be taken back (at most {TURNS} are kept)")
+        count = int(digits or 0)
         for _ in range(count):
             self._branch.session.rewind(turns.pop())
         self.status()
@@ -156,23 +159,25 @@ class Chat:
             raise UserError(f"/fork: there is a session {name!r} already; /go {name} goes to it")
         twin = Branch(self._branch.session.fork())
         twin.turns.extend(self._branch.turns)
+        twin.rate = self._branch.rate
         self._branches[name], self._name = twin, name
         self.status()
 
     def _go(self, argument: str) -> None:
-        if argument not in self._branches:
-            raise UserError(f"/go: there are the sessions {', '.join(self._branches)}, not {argument!r}")
-        self._name = argument
+        name = _needed(argument, f"/go NAME, of the sessions {', '.join(self._branches)}")
+        if name not in self._branches:
+            raise UserError(f"/go: there are the sessions {', '.join(self._branches)}, not {name!r}")
+        self._name = name
         self.status()
 
     def _stats(self, argument: str) -> None:
-        session, turns = self._branch.session, self._branch.turns
+        session, turns, rate = self._branch.session, self._branch.turns, self._branch.rate
         rows = [
             ("session", f"{self._name} (of {', '.join(self._branches)})"),
             ("bytes read and written", console.count(session.bytes_read)),
             ("tokens", console.count(session.position)),
             ("state", f"{console.size(session.nbytes)}, next prediction included"),
-            ("last reply", f"{console.count(self.rate)} bytes/s" if self.rate == self.rate else "none yet"),
+            ("last reply", f"{console.count(rate)} bytes/s" if rate == rate else "none yet"),
             ("turns that can be taken back", f"{len(turns)}, {console.size(sum(mark.nbytes for mark in turns))}"),
             ("seed", str(self._sampling.seed)),
         ]
@@ -199,7 +204,15 @@ def _line(terminal: bool) -> bytes | None:
     return line.removesuffix(b"\n").removesuffix(b"\r") if line else None
 
 
-def run_chat(run: str, bytes_: int, sampling: Sampling, state: str | None, device: str | None) -> int:
+def run_chat(
+    run: str,
+    bytes_: int,
+    sampling: Sampling,
+    state: str | None,
+    device: str | None,
+    dtype: str | None = None,
+    weights: str | None = None,
+) -> int:
     """Talk to a model until the input ends.
 
     Args:
@@ -208,11 +221,12 @@ def run_chat(run: str, bytes_: int, sampling: Sampling, state: str | None, devic
         sampling: how to draw.
         state: a state file to go on from.
         device: `cpu`, `cuda`, `cuda:N` or None.
+        dtype, weights: as for `milonga.load`.
 
     Raises:
-        UserError: if there is no model at `run`, or the state file does not fit it.
+        UserError: if there is no model at `run`, it cannot be loaded so, or the state file does not fit it.
     """
-    lm = load(run, device=device)
+    lm = load(run, device=device, dtype=dtype, weights=storage_of(weights))
     warm_up(lm)
     chat = Chat(lm, lm.session(state), sampling, bytes_)
     terminal = sys.stdin.isatty() and sys.stdout.isatty()

@@ -2,13 +2,14 @@
 
 import sys
 from collections.abc import Iterator
+from typing import cast
 
 from milonga.cli import console
-from milonga.cli.sampling_options import end_at
 from milonga.cli.speculation import CONTEXT, Speculation, decoder_of, speculation_facts
 from milonga.errors import UserError
 from milonga.files import check_target
 from milonga.inference import Generation, LanguageModel, Sampling, Session, load
+from milonga.layers.linear import STORAGES, Storage
 
 _BLOCK = 1 << 16
 
@@ -25,6 +26,8 @@ def run_generate(
     save: str | None = None,
     logprobs: int | None = None,
     speculation: Speculation | None = None,
+    dtype: str | None = None,
+    weights: str | None = None,
 ) -> int:
     """Feed the prompt and write what follows: the text alone (on a terminal without control characters, and a line on
     where the session stands), or one JSON object. Interrupted, it saves what it wrote.
@@ -43,6 +46,7 @@ def run_generate(
         save: where to save the state afterwards.
         logprobs: with `json_`, also the log-probabilities and so many alternatives.
         speculation: what drafts, and which rule accepts; None for plain decoding.
+        dtype, weights: of the model, as for `milonga.load`.
 
     Raises:
         UserError: if there is no model at `run`, the prompt is not UTF-8, a setting is out of range, or a state file
@@ -51,7 +55,7 @@ def run_generate(
     _expect_logprobs(logprobs, json_, speculation)
     if save is not None:
         check_target(save)  # not once the text is written
-    lm = load(run, device=device)
+    lm = load(run, device=device, dtype=dtype, weights=storage_of(weights))
     warm_up(lm)
     decoder = None if speculation is None else decoder_of(lm, speculation)
     session = lm.session(state)
@@ -63,6 +67,7 @@ def run_generate(
         generation = session.generate(bytes_, sampling, logprobs=logprobs)
     else:
         generation = decoder.generate(session, bytes_, sampling, context=context)
+    generation.most_bytes = bytes_  # of subwords `generate` counts tokens
     try:
         if json_:
             text = _whole(generation, bytes_)
@@ -71,7 +76,7 @@ def run_generate(
                 facts["speculation"] = speculation_facts(decoder)
             console.print_json(facts)
         else:
-            _stream(session, generation, bytes_)
+            _stream(session, generation)
     finally:  # where it is interrupted too, what was written is kept
         generation.close()
         if save is not None:
@@ -86,9 +91,22 @@ def _expect_logprobs(logprobs: int | None, json_: bool, speculation: Speculation
         raise UserError("--logprobs: are not known of drafted bytes; leave --drafter out")
 
 
+def storage_of(weights: str | None) -> Storage | None:
+    """What `--weights` says.
+
+    Raises:
+        UserError: if there is no such storage.
+    """
+    if weights is not None and weights not in STORAGES:
+        raise UserError(f"--weights: must be one of {', '.join(STORAGES)}, got '{weights}'")
+    return cast("Storage | None", weights)
+
+
 def warm_up(lm: LanguageModel) -> None:
-    """On a GPU: compile what is new there and capture a step, before the text begins, with a line that says so."""
+    """Before the text begins, so that its rate is that of the writing. On a CPU load the kernels of a step; on a GPU
+    compile what is new there and capture a step, with a line that says so."""
     if lm.device.type != "cuda":
+        list(lm.session().generate_bytes(2))
         return
     with console.progress("preparing the GPU (kernels that are new here are compiled)", 2, "steps") as bar:
         session = lm.session()
@@ -98,10 +116,10 @@ def warm_up(lm: LanguageModel) -> None:
         bar.update(2)
 
 
-def _stream(session: Session, generation: Generation[str], bytes_: int) -> None:
+def _stream(session: Session, generation: Generation[str]) -> None:
     """As it is written; on a terminal with a line on where the session stands then."""
     terminal = sys.stdout.isatty()
-    for piece in _ending(generation, bytes_):
+    for piece in generation:
         sys.stdout.write(console.harmless(piece) if terminal else piece)
         sys.stdout.flush()
     if terminal:
@@ -114,22 +132,17 @@ def _whole(generation: Generation[str], bytes_: int) -> str:
     """All of it at once, showing how far it is where that takes long."""
     pieces = []
     with console.late_progress("writing", bytes_, "bytes") as bar:
-        for piece in _ending(generation, bytes_):
+        for piece in generation:
             pieces.append(piece)
             bar.update(generation.bytes)
     return "".join(pieces)
-
-
-def _ending(generation: Generation[str], bytes_: int) -> Iterator[str]:
-    for piece in generation:
-        yield piece
-        end_at(generation, bytes_)
 
 
 def _facts(session: Session, generation: Generation[str], text: str, read: int) -> dict[str, object]:
     facts: dict[str, object] = {
         "text": text,
         "bytes": generation.bytes,
+        "tokens": generation.tokens,
         "prompt_bytes": read,
         "position_bytes": session.bytes_read,
         "stop_reason": generation.stop_reason,

@@ -18,7 +18,6 @@ what the file system refuses give `milonga: ...` and exit code 2; Ctrl-C gives 1
 ends quietly. Anything else is a fault of ours and keeps its traceback.
 """
 
-import errno
 import io
 import os
 import sys
@@ -34,6 +33,7 @@ from milonga.cli.options import (
     Device,
     Draft,
     Drafter,
+    Dtype,
     HeldoutTexts,
     Json,
     LearnFrom,
@@ -49,7 +49,9 @@ from milonga.cli.options import (
     Temperature,
     TopK,
     TopP,
+    Weights,
 )
+from milonga.cli.refusals import REFUSALS
 
 
 def _example(command: str) -> str:
@@ -77,20 +79,6 @@ tokenizer = typer.Typer(
 )
 app.add_typer(tokenizer, name="tokenizer")
 app.add_typer(bench.app, name="bench")
-
-# What the file system refuses because of where the user pointed, rather than because of a fault of ours.
-_REFUSALS = {
-    errno.EACCES: "no permission; choose another place or change its permissions",
-    errno.EDQUOT: "the disk quota is used up; free some space or choose another place",
-    errno.EEXIST: "exists already; choose another place",
-    errno.EFBIG: "the file would be too large for this file system or limit; choose another place",
-    errno.EISDIR: "is a folder, a file was expected",
-    errno.ENAMETOOLONG: "the name is too long",
-    errno.ENOENT: "no such file or folder",
-    errno.ENOSPC: "the disk is full; free some space or choose another place",
-    errno.ENOTDIR: "a part of this path is a file, not a folder",
-    errno.EROFS: "the file system is read-only; choose another place",
-}
 
 # The base of all mistakes in options. Typer exports only this descendant, and from another package in each version.
 _UsageError = typer.BadParameter.__mro__[1]
@@ -190,6 +178,8 @@ def generate(
     rule: Rule = None,
     draft: Draft = None,
     device: Device = None,
+    dtype: Dtype = None,
+    weights: Weights = None,
     json_: Json = False,
 ) -> None:
     """Stream a continuation of a prompt to stdout, in constant memory."""
@@ -201,8 +191,8 @@ def generate(
         temperature, top_k, top_p, min_p, repetition_penalty, repetition_window, stop or [], ban, begin, utf8, seed
     )
     asked = speculation_of(drafter, rule, draft)
-    files = {"state": load, "save": save}
-    _finish(run_generate(run, prompt, bytes_, sampling, device, json_, **files, logprobs=logprobs, speculation=asked))
+    named = {"state": load, "save": save, "dtype": dtype, "weights": weights}
+    _finish(run_generate(run, prompt, bytes_, sampling, device, json_, **named, logprobs=logprobs, speculation=asked))
 
 
 @app.command(short_help="A session in the terminal.", epilog=_example("milonga chat runs/demo"))
@@ -222,6 +212,8 @@ def chat(
     seed: Seed = 0,
     load: Load = None,
     device: Device = None,
+    dtype: Dtype = None,
+    weights: Weights = None,
 ) -> None:
     """Write to a model and read what it makes of it; save, load, fork and rewind the session on the way.
 
@@ -234,7 +226,7 @@ def chat(
     sampling = sampling_of(
         temperature, top_k, top_p, min_p, repetition_penalty, repetition_window, stop, ban, begin, not any_bytes, seed
     )
-    _finish(run_chat(run, bytes_, sampling, load, device))
+    _finish(run_chat(run, bytes_, sampling, load, device, dtype, weights))
 
 
 @evaluate.command(
@@ -327,7 +319,7 @@ def _usage_line(error: Exception) -> str:
 def _user_line(error: Exception) -> str | None:
     """The line for an error the user can mend; None for a fault of ours."""
     if isinstance(error, OSError):
-        reason = _REFUSALS.get(error.errno or 0)
+        reason = REFUSALS.get(error.errno or 0)
         return f"{error.filename or 'writing the output'}: {reason}" if reason else None
     from pydantic import ValidationError
 

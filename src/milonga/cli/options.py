@@ -13,6 +13,16 @@ Device = Annotated[
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Run = Annotated[str, typer.Argument(help="A run's folder, a checkpoint folder or a weight file.", metavar="RUN")]
 
+# How a model is loaded to write.
+Dtype = Annotated[
+    str | None,
+    typer.Option(help="Of weights and activations: float32, bfloat16... [default: the file's]", metavar="DTYPE"),
+]
+Weights = Annotated[
+    str | None,
+    typer.Option(help="On a CPU: hold weights in bf16 or int8, to write faster. [default: as is]", metavar="KIND"),
+]
+
 # How text is drawn, for every command that writes some.
 Temperature = Annotated[float, typer.Option(help="Below 1 safer, above 1 bolder; 0 always the likeliest.", min=0)]
 TopK = Annotated[int | None, typer.Option(help="Choose among the K likeliest only.", min=1, metavar="K")]

@@ -3,7 +3,7 @@
 import re
 
 from milonga.errors import UserError
-from milonga.inference import Generation, Sampling
+from milonga.inference import Sampling
 
 _ESCAPE = re.compile(rb"\\(x[0-9a-fA-F]{2}|.|$)", re.DOTALL)
 _LETTERS = {b"n": b"\n", b"r": b"\r", b"t": b"\t", b"\\": b"\\"}
@@ -68,9 +68,3 @@ def sampling_of(
         valid_utf8=valid_utf8,
         seed=seed,
     )
-
-
-def end_at(generation: Generation[str], bytes_: int) -> None:
-    """End a text of subwords once it has so many bytes (of bytes it ends there by itself)."""
-    if generation.bytes >= bytes_ and generation.stop_reason is None and generation.tokens < generation.bytes:
-        generation.close()
