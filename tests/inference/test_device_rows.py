@@ -1,6 +1,7 @@
 """Rounds on the device write what rounds from the host write: the same bytes, whatever drafts. Here without graphs."""
 
 import gc
+import math
 import subprocess
 import sys
 import weakref
@@ -502,5 +503,9 @@ def test_the_best_number_of_tokens():
         pace.saw(8, 8)
     assert pace.acceptance > 0.95 and short.tokens < pace.plan(rule, 3.5).tokens and pace.plan(rule, 3.5).bytes == 15
     assert pace.plan(9, 1.0) == Plan(9, 9)
-    with pytest.raises(UserError, match="prices must be above 0"):
-        AdaptiveDraft(round=0.0)
+    for wrong in ({"round": 0.0}, {"round": math.inf}, {"token": math.nan}, {"token": -1.0}):
+        with pytest.raises(UserError, match="prices must be above 0 and finite"):
+            AdaptiveDraft(**wrong)
+    for longest in (0, 2.5, math.inf, True):
+        with pytest.raises(UserError, match="longest must be a whole number, 1 or more"):
+            AdaptiveDraft(longest=longest)

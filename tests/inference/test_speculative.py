@@ -12,6 +12,7 @@ from milonga.data.bpe import BpeCodec
 from milonga.errors import UserError
 from milonga.inference import speculative_rows
 from milonga.inference.captured import CapturedRunner
+from milonga.inference.draft_length import AdaptiveDraft
 from milonga.inference.drafters import NgramDrafter
 from milonga.inference.language_model import LanguageModel
 from milonga.inference.model_drafter import ModelDrafter
@@ -349,11 +350,84 @@ def test_what_cannot_work_is_said():
         SpeculativeDecoder(subwords, NgramDrafter())
     with pytest.raises(UserError, match="one of exact, greedy, top_k, got 'lossless'"):
         SpeculativeDecoder(lm, NgramDrafter(), rule="lossless")
-    for wrong in ({"draft": 0}, {"top": 0}, {"tie": 1.0}):
-        with pytest.raises(UserError, match="must be at least 1"):
+    for wrong in ({"top": 0}, {"top": 2.5}, {"tie": 1.0}, {"tie": float("nan")}):
+        with pytest.raises(UserError, match=r"top must be a whole number, at least 1, and tie in \[0, 1\)"):
             SpeculativeDecoder(lm, NgramDrafter(), **wrong)
+    for draft in (0, -1, 2.5, True, "Adaptive", None, float("inf")):
+        with pytest.raises(UserError, match="draft must be a whole number of bytes, at least 1, 'adaptive' or"):
+            SpeculativeDecoder(lm, NgramDrafter(), draft=draft)
     decoder = SpeculativeDecoder(lm, NgramDrafter())
     with pytest.raises(UserError, match="another model than the verifier"):
         decoder.generate(verifier("mamba").session(), 5)
     with pytest.raises(UserError, match="0 or more, got -1"):
         decoder.generate(lm.session(), -1)
+
+
+def test_an_adaptive_draft_goes_by_its_word():
+    lm, texts = verifier("samba"), []
+    for draft in ("adaptive", AdaptiveDraft()):
+        decoder = SpeculativeDecoder(lm, drafters("samba")["near"], draft=draft)
+        assert decoder.draft == AdaptiveDraft()
+        texts.append(b"".join(decoder.generate_bytes(lm.session(), 60, Sampling(seed=5))))
+    assert texts[0] == texts[1] and len(texts[0]) == 60
+    assert SpeculativeDecoder(lm, NgramDrafter(), draft=np.int64(5)).draft == 5
+
+
+@pytest.mark.parametrize("captured", [False, True])
+@pytest.mark.parametrize("end", ["close", "exhaust"])
+@pytest.mark.parametrize("moved", ["fed", "rewound", "written"])
+def test_a_session_that_is_moved_meanwhile_is_left_there_and_it_is_said(moved, end, captured):
+    """Neither is what was fed lost, nor is what was written put in front of it."""
+    lm = verifier("samba")
+    runner = CapturedRunner(lm.network) if captured else None
+    decoder = SpeculativeDecoder(lm, NgramDrafter(), rule="greedy", runner=runner)
+    session = lm.session()
+    empty = session.mark()
+    session.feed(b"abc abc ")
+    for rounds in (0, 1, 2):
+        session.rewind(empty)
+        session.feed(b"abc abc ")
+        generation = decoder.generate_bytes(session, 30)
+        for _ in range(rounds):
+            next(generation)
+        if moved == "fed":
+            session.feed(b"HELLO")
+        elif moved == "rewound":
+            session.rewind(empty)
+        else:
+            list(session.generate_bytes(3, seed=2))
+        there, position = session.mark(), session.position
+        if rounds == 0 and end == "close":
+            generation.close()  # nothing was written: nothing to say
+        else:
+            with pytest.raises(
+                UserError, match=r"was fed or moved before the text was ended.*close\(\) the generation"
+            ):
+                generation.close() if end == "close" else list(generation)
+        assert session.mark() is there and session.position == position and generation.tokens >= rounds
+    assert len(b"".join(decoder.generate_bytes(session, 9))) == 9  # the decoder is as good as before
+
+
+def test_a_closed_generation_makes_way_for_more_text():
+    """The way that the message names."""
+    lm = verifier("samba")
+    decoder = SpeculativeDecoder(lm, drafters("samba")["near"], rule="greedy", draft=4)
+    session = lm.session()
+    generation = decoder.generate_bytes(session, 30)
+    got = next(generation) + next(generation)
+    generation.close()
+    session.feed(b"HELLO")
+    assert bytes(session.mark().recent.tolist()) == got + b"HELLO"
+
+
+def test_the_drafter_reads_what_the_session_remembers():
+    """Where no context is given; so drafts come from the first round on, also behind a state file."""
+    lm, text = verifier("samba"), b"the cat sat on the mat. " * 60
+    session = lm.session()
+    session.feed(text)
+    streams = {}
+    for name, context in (("remembered", None), ("given", text), ("none", b"")):
+        generation = SpeculativeDecoder(lm, NgramDrafter()).generate_bytes(session.fork(), 5, context=context)
+        (streams[name],) = generation.stream.draft(8, 1.0, [lambda ahead, lane: 0.5])
+    assert streams["remembered"].text == streams["given"].text == b"the cat "
+    assert streams["none"].text == b""

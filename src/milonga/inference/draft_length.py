@@ -10,8 +10,10 @@ follows from the text and the seed alone. The chance a is what this text's round
 most, and c the mean over the text.
 """
 
+import math
 from dataclasses import dataclass
-from typing import NamedTuple
+from numbers import Integral
+from typing import Literal, NamedTuple
 
 from milonga.errors import UserError
 
@@ -19,6 +21,9 @@ _MEMORY = 0.98  # of each round, what counts of all before it
 _ACCEPTANCE, _EXAMINED = 0.8, 20.0  # what is believed before the first round, and how many bytes that weighs
 _SLACK = 1.25  # bytes that are looked at, in those that are expected: long tokens are not cut
 _MULTIPLE = 8  # a verification reads a multiple of so many bytes
+
+# The word for `AdaptiveDraft()`.
+ADAPTIVE: Literal["adaptive"] = "adaptive"
 
 # Bytes of an adaptive draft. A GPU's products take 16 rows in the time of one; of 17 they take twice as long.
 LONGEST = 15
@@ -42,7 +47,7 @@ class AdaptiveDraft:
         longest: tokens at most, 1 or more.
 
     Raises:
-        UserError: if a price is not above 0, or `longest` is below 1.
+        UserError: if a price is not a number above 0, or `longest` not a whole one, 1 or more.
     """
 
     round: float = 2.0
@@ -50,11 +55,10 @@ class AdaptiveDraft:
     longest: int = 8
 
     def __post_init__(self) -> None:
-        if not (self.round > 0 and self.token > 0 and self.longest >= 1):
-            raise UserError(
-                "adaptive draft: prices must be above 0 and longest at least 1, got "
-                f"{self.round}, {self.token}, {self.longest}"
-            )
+        if not (0 < self.round < math.inf and 0 < self.token < math.inf):
+            raise UserError(f"adaptive draft: prices must be above 0 and finite, got {self.round} and {self.token}")
+        if not is_count(self.longest):
+            raise UserError(f"adaptive draft: longest must be a whole number, 1 or more, got {self.longest}")
 
     def tokens(self, acceptance: float, token_bytes: float) -> int:
         """The best number of tokens, where each byte stands with this chance and tokens have so many bytes."""
@@ -67,6 +71,29 @@ class AdaptiveDraft:
 
 DraftLength = int | AdaptiveDraft
 """Bytes for every round, or a rule."""
+
+
+def is_count(value: object) -> bool:
+    """Whether it is a whole number, 1 or more (NumPy's too; not a truth value)."""
+    return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= 1
+
+
+def draft_length(draft: DraftLength | Literal["adaptive"]) -> DraftLength:
+    """What `draft` says: bytes for every round, 1 or more; a rule; or the word for the rule with its usual prices.
+
+    Raises:
+        UserError: if it is none of these.
+    """
+    if isinstance(draft, AdaptiveDraft):
+        return draft
+    if isinstance(draft, str) and draft == ADAPTIVE:
+        return AdaptiveDraft()
+    if not is_count(draft):
+        raise UserError(
+            f"speculative decoding: draft must be a whole number of bytes, at least 1, '{ADAPTIVE}' or an "
+            f"AdaptiveDraft, got {draft!r}"
+        )
+    return int(draft)
 
 
 def expected_bytes(acceptance: float, draft: float) -> float:

@@ -9,6 +9,7 @@ import dataclasses
 import sys
 import time
 from collections.abc import Callable, Generator, Sequence
+from typing import Literal
 
 import torch
 from jaxtyping import Float
@@ -27,10 +28,11 @@ from milonga.inference.acceptance import (
     accept_top_k,
 )
 from milonga.inference.device_rows import DeviceBuffers, DeviceRows
-from milonga.inference.draft_length import DraftLength
+from milonga.inference.draft_length import DraftLength, draft_length, is_count
 from milonga.inference.drafters import Drafter, DraftStream
 from milonga.inference.generation import Generation, Piece, StopFinder, as_bytes, as_text
 from milonga.inference.language_model import LanguageModel
+from milonga.inference.marks import Mark
 from milonga.inference.model_drafter import ModelDrafter
 from milonga.inference.runner import NetworkRunner, Runner
 from milonga.inference.sampling import Sampler, Sampling
@@ -50,7 +52,7 @@ class SpeculativeDecoder:
         rule: which drafted bytes stand. `exact`: the text has the very distribution of plain sampling with the same
             settings. `greedy`: the text is that of plain decoding at temperature 0, which it implies. `top_k`: those
             among the `top` likeliest; lossy, the text is neither the verifier's nor the drafter's.
-        draft: bytes drafted for a round, 1 or more, or `AdaptiveDraft`.
+        draft: bytes drafted for a round, 1 or more; or `AdaptiveDraft`, `"adaptive"` for one of the usual prices.
         top: for rule `top_k`, 1 or more.
         tie: for rule `greedy`: where the best logit leads by no more than this share of the largest, the byte is
             decided by single steps. None: `TIE_FP32` or `TIE_FP64`; of networks in bf16 and fp16 0, for none: there the
@@ -70,7 +72,7 @@ class SpeculativeDecoder:
         drafter: Drafter,
         *,
         rule: Rule = "exact",
-        draft: DraftLength = DRAFT,
+        draft: DraftLength | Literal["adaptive"] = DRAFT,
         top: int = 3,
         tie: float | None = None,
         runner: Runner | None = None,
@@ -82,11 +84,12 @@ class SpeculativeDecoder:
             )
         if rule not in RULES:
             raise UserError(f"speculative decoding: rule must be one of {', '.join(RULES)}, got '{rule}'")
-        if (isinstance(draft, int) and draft < 1) or top < 1 or (tie is not None and not 0 <= tie < 1):
+        if not is_count(top) or (tie is not None and not 0 <= tie < 1):
             raise UserError(
-                f"speculative decoding: draft and top must be at least 1 and tie in [0, 1), got {draft}, {top}, {tie}"
+                f"speculative decoding: top must be a whole number, at least 1, and tie in [0, 1), got {top} and {tie}"
             )
-        self.verifier, self.drafter, self.rule, self.draft = verifier, drafter, rule, draft
+        self.verifier, self.drafter, self.rule = verifier, drafter, rule
+        self.draft: DraftLength = draft_length(draft)
         dtype = verifier.network.embedding.weight.dtype
         self.tie = {torch.float32: TIE_FP32, torch.float64: TIE_FP64}.get(dtype, 0.0) if tie is None else tie
         self.stats = SpeculationStats()
@@ -106,21 +109,24 @@ class SpeculativeDecoder:
         n: int,
         sampling: Sampling | None = None,
         *,
-        context: Text = b"",
+        context: Text | None = None,
         stream: DraftStream | None = None,
     ) -> "SpeculativeGeneration[str]":
         """Write and read at most `n` bytes, given out as text, one round's bytes at a time.
 
         Args:
-            session: of the verifier. It moves when the generation ends or is closed, behind all that was written.
+            session: of the verifier. It moves when the generation ends or is closed, behind all that was written; till
+                then it is to stay where it is.
             n: bytes at most, >= 0.
             sampling: as for `Session.generate`; all its settings hold. With rule `greedy` the temperature is 0.
-            context: the text that the session has read, or the end of it, for the drafter to read. Without it the
-                drafter knows only what is written here: fewer bytes stand, and the text is as good.
+            context: the text that the session has read, or the end of it, for the drafter to read. None for the last
+                bytes that the session remembers, at most 1024. The less the drafter knows, the fewer bytes stand; the
+                text is as good.
             stream: instead, the drafter where an earlier generation left it, which knows.
 
         Raises:
-            UserError: if the session is another model's, or a setting is out of range.
+            UserError: if the session is another model's, or a setting is out of range (at once); if the session was
+                fed or moved before the generation ended: it stays where it was moved, without what was written.
         """
         start = self._start(session, n, sampling, context, stream)
         return SpeculativeGeneration(*start, as_text(session.pending))
@@ -131,7 +137,7 @@ class SpeculativeDecoder:
         n: int,
         sampling: Sampling | None = None,
         *,
-        context: Text = b"",
+        context: Text | None = None,
         stream: DraftStream | None = None,
     ) -> "SpeculativeGeneration[bytes]":
         """As `generate`, but the bytes, whether they are UTF-8 or not."""
@@ -152,10 +158,17 @@ class SpeculativeDecoder:
             state: the verifier's behind the texts, B rows.
             logits: of the next bytes.
             stream: `drafter.start(texts)`.
-            samplers: one for each row, standing there (`Session.sampler`), of one temperature; with rule `greedy` 0.
+            samplers: one for each row, standing there (`Session.sampler`), of one temperature; with rule `greedy` 0
+                (`settings` sees to it).
             limits: bytes to write, for each row, >= 0.
             until: for each row, told every byte that is written, says whether the text ends behind it.
+
+        Raises:
+            UserError: if one of them is of another number of rows, a limit is out of range, or a temperature is not as
+                said.
         """
+        texts = Texts(stream, state, logits, samplers, limits, until)
+        texts.check(self.rule)
         rounds = Rounds(
             self._runner,
             NetworkRunner(self.verifier.network),
@@ -165,7 +178,6 @@ class SpeculativeDecoder:
             self.stats,
             self.drafter.temperature if isinstance(self.drafter, ModelDrafter) else float,
         )
-        texts = Texts(stream, state, logits, samplers, limits, until)
         if self._buffers is not None and DeviceRows.serves(stream, samplers):
             return DeviceRows(self._buffers, rounds, texts)
         return SpeculativeRows(rounds, texts)
@@ -176,15 +188,19 @@ class SpeculativeDecoder:
         return dataclasses.replace(given, temperature=0.0) if self.rule == "greedy" else given
 
     def _start(
-        self, session: Session, n: int, sampling: Sampling | None, context: Text, stream: DraftStream | None
+        self, session: Session, n: int, sampling: Sampling | None, context: Text | None, stream: DraftStream | None
     ) -> tuple["SpeculativeDecoder", Session, int, Sampler, DraftStream]:
         if n < 0:
             raise UserError(f"generate: the number of bytes must be 0 or more, got {n}")
-        if session.mark().network is not self.verifier.network:
+        here = session.mark()
+        if here.network is not self.verifier.network:
             raise UserError("speculative decoding: the session belongs to another model than the verifier")
         sampler = session.sampler(self.settings(sampling), n)
         session.sampling = sampler.sampling
-        return self, session, n, sampler, stream or self.drafter.start([text_bytes(context)])
+        if stream is None:
+            read = session.codec.decode(here.recent) if context is None else text_bytes(context)
+            stream = self.drafter.start([read])
+        return self, session, n, sampler, stream
 
 
 class SpeculativeGeneration(Generation[Piece]):
@@ -205,6 +221,7 @@ class SpeculativeGeneration(Generation[Piece]):
     ):
         super().__init__(session, n, sampler, None, pieces)
         self._decoder, self._speculated, self.stream = decoder, session, stream
+        self._start: Mark | None = session.mark()
 
     def _drawn(self) -> Generator[bytes, None, None]:
         """The bytes before any stop, as soon as they are certain: as many at a time as a round gives."""
@@ -216,12 +233,14 @@ class SpeculativeGeneration(Generation[Piece]):
             certain.extend(data if finder is None else finder.feed(data))
             return finder is not None and finder.found is not None
 
-        start = self._speculated.mark()
+        start, self._start = self._start, None
+        assert start is not None
+        self._expect_at(start)
         text = bytearray()
         rows = self._decoder.rows(start.state, start.logits[None], self.stream, [self._sampler], [self._n], [until])
         failed: BaseException | None = None
         try:
-            while not rows.done:
+            while not rows.done and self._speculated.mark() is start:
                 began = time.perf_counter()
                 (new,) = rows.round()
                 text += new
@@ -244,6 +263,7 @@ class SpeculativeGeneration(Generation[Piece]):
             self.stop_reason = self.stop_reason or "closed"
             if text and not sys.is_finalizing():  # at the end of the process there is nothing left to work with
                 state, logits = rows.finish()
+                self._expect_at(start)
                 ids = self._speculated.codec.encode(bytes(text))
                 self._speculated.rewind(start.advanced(ids, state, logits[0].clone(), self._speculated.codec))
             try:
@@ -251,6 +271,14 @@ class SpeculativeGeneration(Generation[Piece]):
                     raise failed
             finally:
                 del failed  # its traceback holds this frame
+
+    def _expect_at(self, start: Mark) -> None:
+        """Only from there does what was written follow."""
+        if self._speculated.mark() is not start:
+            raise UserError(
+                "generate: the session was fed or moved before the text was ended, and stays there without what was "
+                "written; close() the generation first, which brings the session behind its text, then feed it"
+            )
 
 
 def _failure(work: Callable[[], None]) -> BaseException | None:

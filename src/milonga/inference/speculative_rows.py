@@ -3,19 +3,21 @@
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 
 import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from milonga.inference.acceptance import Accept, Decision
+from milonga.errors import UserError
+from milonga.inference.acceptance import Accept, Decision, Rule
 from milonga.inference.draft_length import DraftLength, Pace, Plan
 from milonga.inference.drafters import DraftStream, SureDraft
 from milonga.inference.runner import Runner
 from milonga.inference.sampling import Sampler, Uniforms
 from milonga.models.network import NetworkState
-from milonga.state import clone, merge, select
+from milonga.state import batch_size, clone, merge, select
 
 # A byte that the verification leaves undecided is decided by reading all bytes since the beginning of the call one by
 # one, which gives bit for bit what plain decoding has there. Where there are more than so many, only the last is read.
@@ -98,6 +100,37 @@ class Texts:
     samplers: Sequence[Sampler]
     limits: Sequence[int]
     until: Sequence[Until] | None = None
+
+    def check(self, rule: Rule) -> None:
+        """Raises:
+        UserError: if they are not all for the same number of texts, a limit is no whole number or below 0, or the
+            temperatures are not one, which is 0 with rule `greedy`.
+        """
+        rows = {
+            "state": batch_size(self.state),
+            "logits": len(self.logits),
+            "stream": len(self.stream.token_bytes),
+            "samplers": len(self.samplers),
+            "limits": len(self.limits),
+        }
+        if self.until is not None:
+            rows["until"] = len(self.until)
+        if len(set(rows.values())) > 1 or not rows["limits"]:
+            found = ", ".join(f"{name} {count}" for name, count in rows.items())
+            raise UserError(f"speculative rows: all must be for the same number of texts, 1 or more, got {found}")
+        for row, limit in enumerate(self.limits):
+            if not isinstance(limit, Integral) or int(limit) < 0:
+                raise UserError(f"speculative rows: limits must be whole numbers, 0 or more, got {limit} for row {row}")
+        warm = sorted({sampler.sampling.temperature for sampler in self.samplers})
+        if rule == "greedy" and warm != [0]:
+            raise UserError(
+                f"speculative rows: with rule 'greedy' samplers must have temperature 0, got {warm[-1]:g}; "
+                "make them of `decoder.settings(sampling)`"
+            )
+        if len(warm) > 1:
+            raise UserError(
+                f"speculative rows: samplers must have one temperature, got {', '.join(f'{each:g}' for each in warm)}"
+            )
 
 
 @dataclass
