@@ -1,18 +1,24 @@
 """What `generate --drafter` makes: the same text whether the networks run captured or plainly."""
 
 import json
+import re
 
+import numpy as np
 import pytest
 from typer.testing import CliRunner
 
 from milonga.cli import main, speculation
-from milonga.cli.speculation import NGRAM, decoder_of, speculation_of
+from milonga.cli.speculation import NGRAM, decoder_of, speculation_facts, speculation_line, speculation_of
 from milonga.errors import UserError
 from milonga.inference import Sampling, load
 from milonga.inference.captured import CapturedRunner
 from milonga.inference.draft_length import AdaptiveDraft
 from milonga.models.pretrained import save_weights
-from tests.inference.helpers import GROWING, opinionated
+from tests.inference.helpers import GROWING, SAMBA, opinionated
+
+from .processes import milonga_on_a_terminal
+
+TIMED = ("draft_seconds", "verify_seconds", "plain_step_seconds", "predicted_speedup")
 
 
 @pytest.mark.parametrize("rule", ["greedy", "exact"])
@@ -45,6 +51,11 @@ def test_an_adaptive_draft_is_asked_for_by_name(tmp_path, capsys):
         assert main.run(["generate", str(path), *options, "--rule", "greedy", "--draft", draft]) == 0
         facts = json.loads(capsys.readouterr().out)
         told.setdefault(draft, []).append((facts["text"], facts["speculation"]))
+        timed = {name: facts["speculation"].pop(name) for name in TIMED}
+        assert all(seconds > 0 for seconds in timed.values())
+        price = (timed["draft_seconds"] + timed["verify_seconds"]) / facts["speculation"]["verifications"]
+        gain = facts["speculation"]["bytes_per_verification"] * timed["plain_step_seconds"] / price
+        assert timed["predicted_speedup"] == pytest.approx(gain)
     (text, fixed), (first, adaptive), (second, again) = [*told["4"], *told["adaptive"]]
     assert text == first == second and adaptive == again
     assert fixed["draft"] == 4
@@ -67,3 +78,50 @@ def test_the_help_says_the_prices_of_an_adaptive_draft():
     rule = speculation_of(NGRAM, None, "adaptive").draft
     assert rule == AdaptiveDraft()
     assert f"a round costs {rule.round:g} plain steps and each drafted token {rule.token:g} more" in words
+
+
+@pytest.mark.parametrize(("rule", "lossy"), [("greedy", ""), ("top_k", ", lossy: not the model's own text")])
+def test_a_terminal_is_told_what_the_drafts_brought(rule, lossy, tmp_path):
+    """And whether the text is the model's own; nothing of it goes to a file."""
+    save_weights(opinionated(SAMBA).network, path := tmp_path / "model.safetensors")
+    options = ["--prompt", "abc abc abc", "--bytes", "60", "--device", "cpu", "--drafter", str(path), "--rule", rule]
+    code, shown = milonga_on_a_terminal("generate", path, *options, folder=tmp_path)
+    assert code == 0
+    last = re.sub(r"\x1b\[[0-9;]*m", "", shown.decode(errors="replace")).replace("\r\n", "\n").splitlines()[-1]
+    pattern = r"\[drafted: 100 % stood, [78]\.\d bytes a verification, about [0-9.e+]+x plain decoding" + lossy + r"\]"
+    assert re.fullmatch(pattern if rule == "greedy" else pattern.replace("100", r"\d+").replace("[78]", r"\d"), last)
+
+
+@pytest.mark.parametrize("n", [0, 1, 20])
+def test_what_is_reported_changes_nothing_of_the_session(n):
+    """Also behind a text whose settings would leave nothing to write, and where there is nothing to report."""
+    lm = opinionated(SAMBA)
+    decoder = decoder_of(lm, speculation_of(NGRAM, "exact", None))
+    session = lm.session()
+    session.feed(b"abc abc abc")
+    list(decoder.generate_bytes(session, n, Sampling(seed=3, banned=bytes(range(255)), stop=(b"\xff" * 30,))))
+    mark, logits, sampling = session.mark(), session.logits, session.sampling
+    facts, line = speculation_facts(decoder, session), speculation_line(decoder, session)
+    assert session.mark() is mark and session.sampling == sampling
+    np.testing.assert_array_equal(session.logits, logits)
+    if n < 2:
+        assert np.isnan(facts["predicted_speedup"]) and line == "[drafted: nothing]"
+    else:
+        assert facts["predicted_speedup"] > 0 and "stood" in line
+
+
+def test_a_draft_follows_from_what_the_loaded_session_remembers(tmp_path, capsys):
+    """A text that goes on after a state file is drafted as if it had never been saved."""
+    save_weights(opinionated(SAMBA).network, path := tmp_path / "model.safetensors")
+    lm, text = load(path, device="cpu"), b"the cat sat on the mat. " * 8
+    session = lm.session()
+    session.feed(text)
+    session.save(tmp_path / "kept.state")
+    drafted = []
+    options = ["--bytes", "10", "--device", "cpu", "--json", "--drafter", NGRAM, "--draft", "8", "--begin", "t"]
+    for more in (["--load", str(tmp_path / "kept.state")], ["--prompt", text.decode()], ["--prompt", "unseen"]):
+        assert main.run(["generate", str(path), *options, *more]) == 0
+        facts = json.loads(capsys.readouterr().out)
+        drafted.append((facts["text"], facts["speculation"]["drafted"], facts["speculation"]["accepted"]))
+    assert drafted[0] == drafted[1] and drafted[0][1] >= 8
+    assert drafted[2][1] == 0

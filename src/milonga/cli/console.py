@@ -50,7 +50,12 @@ def standing(bytes_read: int, rate: float, nbytes: int, name: str | None = None)
     """A line on stderr: a session's name if given, where it stands, its rate (NaN: nothing written), what it holds."""
     written = f"{count(rate)} bytes/s" if rate == rate else "nothing written"
     parts = [*([] if name is None else [name]), f"{count(bytes_read)} bytes", written, f"state {size(nbytes)}"]
-    stderr.print(Text("[" + ", ".join(parts) + "]", style="dim"), soft_wrap=True)
+    aside("[" + ", ".join(parts) + "]")
+
+
+def aside(line: str) -> None:
+    """A line on stderr about what was written, as it is, dim on a terminal."""
+    stderr.print(Text(line, style="dim"), soft_wrap=True)
 
 
 def harmless(text: str) -> str:

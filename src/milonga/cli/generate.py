@@ -5,10 +5,10 @@ from collections.abc import Iterator
 from typing import cast
 
 from milonga.cli import console
-from milonga.cli.speculation import CONTEXT, Speculation, decoder_of, speculation_facts
+from milonga.cli.speculation import CONTEXT, Speculation, decoder_of, speculation_facts, speculation_line
 from milonga.errors import UserError
 from milonga.files import check_target
-from milonga.inference import Generation, LanguageModel, Sampling, Session, load
+from milonga.inference import Generation, LanguageModel, Sampling, Session, SpeculativeDecoder, load
 from milonga.layers.linear import STORAGES, Storage
 
 _BLOCK = 1 << 16
@@ -30,7 +30,7 @@ def run_generate(
     weights: str | None = None,
 ) -> int:
     """Feed the prompt and write what follows: the text alone (on a terminal without control characters, and a line on
-    where the session stands), or one JSON object. Interrupted, it saves what it wrote.
+    where the session stands, and one on what was drafted), or one JSON object. Interrupted, it saves what it wrote.
 
     A prompt of `-` is read from stdin, any bytes of any length; without a prompt a fresh text begins after a line
     break.
@@ -59,24 +59,24 @@ def run_generate(
     warm_up(lm)
     decoder = None if speculation is None else decoder_of(lm, speculation)
     session = lm.session(state)
-    before = session.bytes_read
+    before, known = session.bytes_read, lm.codec.decode(session.mark().recent)
     context = _read(lm, session, _prompt(prompt, fresh=state is None))
     read = session.bytes_read - before
     generation: Generation[str]
     if decoder is None:
         generation = session.generate(bytes_, sampling, logprobs=logprobs)
     else:
-        generation = decoder.generate(session, bytes_, sampling, context=context)
+        generation = decoder.generate(session, bytes_, sampling, context=known + context)
     generation.most_bytes = bytes_  # of subwords `generate` counts tokens
     try:
         if json_:
             text = _whole(generation, bytes_)
             facts = _facts(session, generation, text, read)
             if decoder is not None:
-                facts["speculation"] = speculation_facts(decoder)
+                facts["speculation"] = speculation_facts(decoder, session)
             console.print_json(facts)
         else:
-            _stream(session, generation)
+            _stream(session, generation, decoder)
     finally:  # where it is interrupted too, what was written is kept
         generation.close()
         if save is not None:
@@ -116,8 +116,8 @@ def warm_up(lm: LanguageModel) -> None:
         bar.update(2)
 
 
-def _stream(session: Session, generation: Generation[str]) -> None:
-    """As it is written; on a terminal with a line on where the session stands then."""
+def _stream(session: Session, generation: Generation[str], decoder: SpeculativeDecoder | None) -> None:
+    """As it is written; on a terminal with a line on where the session stands then, and one on what was drafted."""
     terminal = sys.stdout.isatty()
     for piece in generation:
         sys.stdout.write(console.harmless(piece) if terminal else piece)
@@ -126,6 +126,8 @@ def _stream(session: Session, generation: Generation[str]) -> None:
         sys.stdout.write("\n")
         if sys.stderr.isatty():
             console.standing(session.bytes_read, generation.bytes_per_second, session.nbytes)
+            if decoder is not None:
+                console.aside(speculation_line(decoder, session))
 
 
 def _whole(generation: Generation[str], bytes_: int) -> str:

@@ -2,22 +2,26 @@
 
 import dataclasses
 import re
+import statistics
 from dataclasses import dataclass
 
 from milonga.errors import UserError
-from milonga.inference import LanguageModel, load
+from milonga.inference import LanguageModel, Session, load
 from milonga.inference.acceptance import RULES, Rule
 from milonga.inference.captured import runner_for
-from milonga.inference.draft_length import AdaptiveDraft, DraftLength
+from milonga.inference.draft_length import ADAPTIVE, AdaptiveDraft, DraftLength
 from milonga.inference.drafters import NgramDrafter
 from milonga.inference.model_drafter import ModelDrafter
 from milonga.inference.speculative import DRAFT, SpeculativeDecoder
 from milonga.inference.speculative_rows import SpeculationStats
 
 NGRAM = "ngram"
-ADAPTIVE = "adaptive"
 # The last bytes of a prompt, which the drafter reads too.
 CONTEXT = 1 << 16
+# Plain steps that are timed behind a text to compare with: so many, or fewer where they take this many seconds.
+STEPS, ENOUGH = 24, 0.5
+# Of these the first are not counted: they compile, and bring the state to where steps run.
+WARM = 2
 
 
 @dataclass(frozen=True)
@@ -69,10 +73,47 @@ def decoder_of(lm: LanguageModel, asked: Speculation) -> SpeculativeDecoder:
     return SpeculativeDecoder(lm, drafter, rule=asked.rule, draft=asked.draft, runner=runner_for(lm.network))
 
 
-def speculation_facts(decoder: SpeculativeDecoder) -> dict[str, object]:
-    """What came of it; JSON-ready."""
+def step_seconds(session: Session) -> float:
+    """What one byte of plain decoding takes here: the median of a few steps of a fork, with the settings of the text
+    that the session wrote last. The session stays as it is."""
+    assert session.sampling is not None
+    free = dataclasses.replace(session.sampling, stop=(), banned=b"", forced=b"", valid_utf8=False)
+    steps, times, before = session.fork().generate_bytes(STEPS, free), [], 0.0
+    for _ in steps:
+        times.append(steps.seconds - before)
+        before = steps.seconds
+        if before > ENOUGH and len(times) > WARM:
+            break
+    steps.close()
+    return statistics.median(times[WARM:])
+
+
+def speedup(decoder: SpeculativeDecoder, session: Session) -> tuple[float, float]:
+    """-> (seconds of a plain step, how many times as fast as those the text was written); NaN where nothing was
+    verified."""
+    if not decoder.stats.rounds:
+        return float("nan"), float("nan")
+    seconds = step_seconds(session)
+    return seconds, decoder.stats.predicted_speedup(seconds)
+
+
+def speculation_line(decoder: SpeculativeDecoder, session: Session) -> str:
+    """What came of it, in a line for people."""
+    stats = decoder.stats
+    parts = [f"{stats.acceptance:.0%} stood".replace("%", " %") if stats.examined else "nothing"]
+    if stats.rounds:
+        _, times = speedup(decoder, session)
+        parts += [f"{stats.bytes_per_verification:.1f} bytes a verification", f"about {times:.2g}x plain decoding"]
+    if decoder.rule == "top_k":
+        parts.append("lossy: not the model's own text")
+    return f"[drafted: {', '.join(parts)}]"
+
+
+def speculation_facts(decoder: SpeculativeDecoder, session: Session) -> dict[str, object]:
+    """What came of it in the text that the session wrote; JSON-ready."""
     stats: SpeculationStats = decoder.stats
     length = decoder.draft
+    step, times = speedup(decoder, session)
     return {
         "rule": decoder.rule,
         "lossless": decoder.rule != "top_k",
@@ -84,4 +125,9 @@ def speculation_facts(decoder: SpeculativeDecoder) -> dict[str, object]:
         "verifications": stats.verifications,
         "bytes_per_verification": stats.bytes_per_verification,
         "redone": stats.redone,
+        "replayed": stats.replayed,
+        "draft_seconds": stats.draft_seconds,
+        "verify_seconds": stats.verify_seconds,
+        "plain_step_seconds": step,
+        "predicted_speedup": times,
     }
