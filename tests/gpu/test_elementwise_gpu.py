@@ -171,7 +171,7 @@ def test_gradients_without_the_sum(shape: tuple[int, ...], stream: torch.dtype, 
             assert relative_rms(from_rows(rows, *values[2:]), y.detach()) <= 2.0**-8
         torch.manual_seed(1)
         upstream = [torch.randn_like(y), torch.randn_like(total)]
-        found.append([y, total, *torch.autograd.grad((y, total), leaves, upstream)])
+        found.append([y.detach(), total.detach(), *torch.autograd.grad((y, total), leaves, upstream)])
     assert kept[0] == stream and kept[len(kept) // 2] == torch.bfloat16
     assert torch.equal(found[0][1], found[1][1])
     there = weight.abs() > 0 if not layer else slice(None)  # 0 counts as 2^-60, so that y says the row
