@@ -11,8 +11,8 @@ from milonga.inference.captured import CapturedRunner
 from milonga.inference.drafters import NgramDrafter
 from milonga.inference.sampling import Sampling
 from milonga.inference.speculative import SpeculativeDecoder
-from milonga.state import merge
-from tests.inference.helpers import SAMBA, opinionated
+from milonga.state import merge, select
+from tests.inference.helpers import CONFIGS, SAMBA, opinionated
 
 
 @cache
@@ -59,8 +59,8 @@ def test_greedy_rows_need_temperature_0(captured):
     assert len(written(rows("greedy", temperatures=(0.0, 0.0), captured=captured))[1]) == 5
 
 
-def written(run):
-    texts = [b"", b""]
+def written(run, count=2):
+    texts = [b""] * count
     while not run.done:
         texts = [text + more for text, more in zip(texts, run.round(), strict=True)]
     return texts
@@ -88,3 +88,34 @@ def test_limits_are_whole_numbers(limit):
 def test_everything_is_for_as_many_texts(wrong, said):
     with pytest.raises(UserError, match=f"for the same number of texts, 1 or more, got {said}$"):
         rows(**wrong)
+
+
+@pytest.mark.parametrize("name", ["samba", "growing"])
+def test_rows_go_back_to_their_sessions(name):
+    """By the mark each began at; texts of different lengths, one of them none."""
+    lm = opinionated(CONFIGS[name])
+    decoder = SpeculativeDecoder(lm, NgramDrafter(longest=8, shortest=1), rule="greedy")
+    prompts, limits, sessions, alone = [b"abc abc abc ", b"the", b"x" * 40], [20, 0, 7], [], []
+    sampling = decoder.settings(Sampling(repetition_penalty=3.0))
+    for prompt, limit in zip(prompts, limits, strict=True):
+        sessions.append(lm.session())
+        sessions[-1].feed(prompt)
+        alone.append(sessions[-1].fork())
+        list(alone[-1].generate_bytes(limit, sampling))
+    marks = [session.mark() for session in sessions]
+    run = decoder.rows(
+        merge([mark.state for mark in marks]),
+        torch.stack([mark.logits for mark in marks]),
+        decoder.drafter.start(prompts),
+        [session.sampler(sampling, limit) for session, limit in zip(sessions, limits, strict=True)],
+        limits,
+    )
+    texts = written(run, 3)
+    state, logits = run.finish()
+    for row, (session, mark, text) in enumerate(zip(sessions, marks, texts, strict=True)):
+        if text:
+            session.rewind(mark.advanced(lm.codec.encode(text), select(state, [row]), logits[row].clone(), lm.codec))
+        assert session.position == alone[row].position and session.mark().digest == alone[row].mark().digest
+        np.testing.assert_allclose(session.logits, alone[row].logits, atol=1e-4)
+        expected = b"".join(alone[row].generate_bytes(8, sampling))
+        assert b"".join(session.generate_bytes(8, sampling)) == expected
