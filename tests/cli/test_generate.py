@@ -121,10 +121,10 @@ def test_the_rate_is_that_of_the_writing_from_the_first_byte_on(model):
     """In a process of its own, where the first step loads the kernels."""
     command = [str(Path(sys.executable).parent / "milonga"), "generate", model, "--prompt", "x", "--device", "cpu"]
     rates = []
-    for count in ("2", "60"):
+    for count in ("8", "60"):
         done = subprocess.run([*command, "--bytes", count, "--json"], capture_output=True, check=True, timeout=100)
         rates.append(json.loads(done.stdout)["bytes_per_second"])
-    assert rates[0] > rates[1] / 8  # with the loading it was a hundredth
+    assert rates[0] > rates[1] / 8  # with the loading of kernels in it, a fiftieth
 
 
 def test_weights_and_dtype_are_those_of_load(model, capsys, tmp_path):
