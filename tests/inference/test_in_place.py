@@ -116,3 +116,20 @@ def test_threads_take_turns() -> None:
     for thread in threads:
         thread.join()
     assert found == expected
+
+
+def test_a_text_goes_on_though_the_buffers_were_lost_on_the_way() -> None:
+    """Another session's step failed while this one's state was sent home: it is made again, and nothing has moved."""
+    lm = opinionated()
+    plain = lm.session()
+    plain.feed(b"hello")
+    expected = b"".join(plain.generate_bytes(20, seed=1))
+    shared = InPlace(lm.network)
+    one, other = (Session(lm.network, lm.codec, str, shared) for _ in range(2))
+    one.feed(b"hello")
+    text = one.generate_bytes(20, seed=1)
+    written = [next(text) for _ in range(5)]
+    shared.leave()  # as where the copy runs out of memory
+    other.read_ids(np.array([65]))
+    one.mark()
+    assert b"".join([*written, *text]) == expected

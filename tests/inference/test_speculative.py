@@ -19,6 +19,8 @@ from milonga.inference.model_drafter import ModelDrafter
 from milonga.inference.runner import NetworkRunner
 from milonga.inference.sampling import Sampling
 from milonga.inference.speculative import SpeculativeDecoder
+from milonga.layers import SwiGLUConfig
+from milonga.models import ModelConfig
 from milonga.state import merge
 from tests.inference.helpers import CONFIGS, GROWING, MAMBA, SAMBA, opinionated
 
@@ -431,3 +433,36 @@ def test_the_drafter_reads_what_the_session_remembers():
         (streams[name],) = generation.stream.draft(8, 1.0, [lambda ahead, lane: 0.5])
     assert streams["remembered"].text == streams["given"].text == b"the cat "
     assert streams["none"].text == b""
+
+
+def test_a_verifier_of_layers_without_a_state():
+    layers = {"mlp": SwiGLUConfig(d_hidden=32)}
+    lm = opinionated(ModelConfig(vocab_size=256, d_model=16, pattern="mlp", layers=layers))
+    plain, drafted = lm.session(), lm.session()
+    for session in (plain, drafted):
+        session.feed(b"abcabcabc")
+    decoder = SpeculativeDecoder(lm, NgramDrafter(), rule="greedy")
+    expected = b"".join(plain.generate_bytes(30, temperature=0))
+    assert b"".join(decoder.generate_bytes(drafted, 30)) == expected
+
+
+def test_a_text_that_ends_by_its_bytes():
+    lm = verifier("samba")
+    session = lm.session()
+    text = SpeculativeDecoder(lm, NgramDrafter()).generate_bytes(session, 60, Sampling(seed=1))
+    text.most_bytes = 10
+    assert len(b"".join(text)) == 10 == session.position
+    assert text.stop_reason == "length"
+
+
+@pytest.mark.parametrize("begun", [False, True])
+def test_a_text_whose_session_was_moved_is_closed(begun):
+    lm = verifier("samba")
+    session = lm.session()
+    text = SpeculativeDecoder(lm, NgramDrafter()).generate_bytes(session, 60, Sampling(seed=1))
+    if begun:
+        next(text)
+    session.feed(b"elsewhere")
+    with pytest.raises(UserError, match="was fed or moved"):
+        next(text)
+    assert text.stop_reason == "closed"

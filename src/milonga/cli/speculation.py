@@ -1,6 +1,7 @@
 """Speculative decoding on the command line: what the options ask for, and what came of it."""
 
 import dataclasses
+import math
 import re
 import statistics
 from dataclasses import dataclass
@@ -90,10 +91,13 @@ def step_seconds(session: Session) -> float:
 
 def speedup(decoder: SpeculativeDecoder, session: Session) -> tuple[float, float]:
     """-> (seconds of a plain step, how many times as fast as those the text was written); NaN where nothing was
-    verified."""
+    verified, and where timing is interrupted: the text is there."""
     if not decoder.stats.rounds:
-        return float("nan"), float("nan")
-    seconds = step_seconds(session)
+        return math.nan, math.nan
+    try:
+        seconds = step_seconds(session)
+    except (KeyboardInterrupt, UserError):
+        return math.nan, math.nan
     return seconds, decoder.stats.predicted_speedup(seconds)
 
 
@@ -103,7 +107,8 @@ def speculation_line(decoder: SpeculativeDecoder, session: Session) -> str:
     parts = [f"{stats.acceptance:.0%} stood".replace("%", " %") if stats.examined else "nothing"]
     if stats.rounds:
         _, times = speedup(decoder, session)
-        parts += [f"{stats.bytes_per_verification:.1f} bytes a verification", f"about {times:.2g}x plain decoding"]
+        parts.append(f"{stats.bytes_per_verification:.1f} bytes a verification")
+        parts += [] if math.isnan(times) else [f"about {times:.2g}x plain decoding"]
     if decoder.rule == "top_k":
         parts.append("lossy: not the model's own text")
     return f"[drafted: {', '.join(parts)}]"

@@ -100,6 +100,7 @@ class Session:
             elif behind > 0:  # interrupted within a step: read again what was read in place
                 self._here = self._settled
                 self._through(last_ids(place.recent, behind))
+                self._place = self._settled = replace(self._place, recent=place.recent)  # it has not moved
 
     @property
     def position(self) -> int:

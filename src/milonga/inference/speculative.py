@@ -235,12 +235,12 @@ class SpeculativeGeneration(Generation[Piece]):
 
         start, self._start = self._start, None
         assert start is not None
-        self._expect_at(start)
-        text = bytearray()
-        rows = self._decoder.rows(start.state, start.logits[None], self.stream, [self._sampler], [self._n], [until])
+        text, limit = bytearray(), int(min(self._n, self.most_bytes))
+        rows = self._decoder.rows(start.state, start.logits[None], self.stream, [self._sampler], [limit], [until])
         failed: BaseException | None = None
         try:
-            while not rows.done and self._speculated.mark() is start:
+            while not rows.done:
+                self._expect_at(start)
                 began = time.perf_counter()
                 (new,) = rows.round()
                 text += new

@@ -107,12 +107,13 @@ class Texts:
             temperatures are not one, which is 0 with rule `greedy`.
         """
         rows = {
-            "state": batch_size(self.state),
             "logits": len(self.logits),
             "stream": len(self.stream.token_bytes),
             "samplers": len(self.samplers),
             "limits": len(self.limits),
         }
+        if count := batch_size(self.state):  # of layers without a state there is none
+            rows = {"state": count, **rows}
         if self.until is not None:
             rows["until"] = len(self.until)
         if len(set(rows.values())) > 1 or not rows["limits"]:
