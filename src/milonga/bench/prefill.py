@@ -3,7 +3,7 @@
 As many rows of a length as make a fixed number of tokens; every model has random weights.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -86,7 +86,7 @@ def bench_prefill(
         [_prefill_table(rows, f"Reading prompts, {dtype_name(dtype)} on {gpu or 'the CPU'}")],
         _prefill_plots(rows, as_published(models)),
         ceilings.to_json(),
-        [_PAPER, *_real_totals(lengths, total)],
+        [_PAPER, *_real_totals(batch_of, total)],
     )
 
 
@@ -104,11 +104,11 @@ def batches(lengths: Sequence[int], total: int) -> dict[int, int]:
     return {length: total // length for length in lengths}
 
 
-def _real_totals(lengths: Sequence[int], total: int) -> list[str]:
+def _real_totals(batch_of: Mapping[int, int], total: int) -> list[str]:
     """Lines on the lengths that do not divide the total."""
     return [
         f"{batch} x {length}: {batch * length} tokens, as prompts of {length} do not make {total}"
-        for length, batch in batches(lengths, total).items()
+        for length, batch in batch_of.items()
         if total % length
     ]
 

@@ -71,10 +71,7 @@ def run_generate(
     try:
         if json_:
             text = _whole(generation, bytes_)
-            facts = _facts(session, generation, text, read)
-            if decoder is not None:
-                facts["speculation"] = speculation_facts(decoder, session)
-            console.print_json(facts)
+            console.print_json(_facts(session, generation, decoder, text, read))
         else:
             _stream(session, generation, decoder)
     finally:  # where it is interrupted too, what was written is kept
@@ -140,7 +137,9 @@ def _whole(generation: Generation[str], bytes_: int) -> str:
     return "".join(pieces)
 
 
-def _facts(session: Session, generation: Generation[str], text: str, read: int) -> dict[str, object]:
+def _facts(
+    session: Session, generation: Generation[str], decoder: SpeculativeDecoder | None, text: str, read: int
+) -> dict[str, object]:
     facts: dict[str, object] = {
         "text": text,
         "bytes": generation.bytes,
@@ -162,6 +161,8 @@ def _facts(session: Session, generation: Generation[str], text: str, read: int) 
             }
             for entry in generation.logprobs
         ]
+    if decoder is not None:
+        facts["speculation"] = speculation_facts(decoder, session)
     return facts
 
 
