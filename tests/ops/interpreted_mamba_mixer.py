@@ -71,15 +71,14 @@ def test_with_the_product_in_the_convolution(shape: tuple[int, int], monkeypatch
 
 
 @pytest.mark.parametrize(
-    ("batch", "time", "width", "columns", "length", "ahead"),
-    [(1, 30, 128, 40, 61, 4), (2, 61, 256, 96, 29, 2), (3, 1, 128, 40, 61, 4), (2, 0, 128, 40, 61, 4)],
+    ("batch", "time", "width", "columns", "length"),
+    [(1, 30, 128, 40, 61), (2, 61, 256, 96, 29), (3, 1, 128, 40, 61), (2, 0, 128, 40, 61)],
 )
 def test_the_convolution_with_the_product(
-    batch: int, time: int, width: int, columns: int, length: int, ahead: int, monkeypatch: pytest.MonkeyPatch
+    batch: int, time: int, width: int, columns: int, length: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Chunks longer and shorter than a sequence; rows that are halves of wider ones, of which the rest is untouched."""
     monkeypatch.setattr(triton, "chunk_length", lambda *_: length)
-    monkeypatch.setattr(triton, "_AHEAD", ahead)
     torch.manual_seed(0)
     pair, wide = torch.randn(batch, time, 2 * width), torch.randn(batch, time, 2 * width)
     narrow, into = torch.randn(batch * time, columns), torch.randn(columns, width) / columns**0.5

@@ -85,6 +85,30 @@ def test_chunks_fill_the_gpu_once_or_twice(first: float) -> None:
         assert programs > turns * gluon.PROGRAMS - parallel
 
 
+def test_a_rest_fits_beside_the_chunks() -> None:
+    """Of MambaByte's shape a short fourth chunk makes three shorter; where no place is free none is cut off."""
+    assert gluon._length(4 * 8192, 4, False, 32, gluon.ENOUGH_BACKWARD, 0.2, rest=True) == (2688, 2)
+    assert gluon._length(4 * 8192, 4, False, 32, gluon.ENOUGH_BACKWARD, 0.2, rest=False) == (2752, 2)
+    for sequences in range(1, 5):
+        for blocks in range(1, 200):
+            steps, parallel = 8192, sequences * blocks
+            length, _ = gluon._length(sequences * steps, sequences, False, blocks, 250, 0.2, rest=True)
+            even, _ = gluon._length(sequences * steps, sequences, False, blocks, 250, 0.2, rest=False)
+            assert length <= even
+            if length < even:
+                whole, rest = divmod(steps, length)
+                turns = -(-whole * parallel // gluon.PROGRAMS)
+                free = turns * gluon.PROGRAMS - whole * parallel
+                assert -(-parallel // free) * rest < length
+
+
+def test_short_chunks_of_several_sequences(monkeypatch) -> None:
+    """Two sequences of 64, 64 and 2 steps, the last chunks after all others."""
+    monkeypatch.setattr(gluon, "_with_a_rest", lambda steps, parallel, pieces, length, unit: 64)
+    monkeypatch.setattr(gluon, "PROGRAMS", 5)
+    check(make(2, 130, 8, 16))
+
+
 def test_finer_chunks_in_the_first_pass(monkeypatch) -> None:
     monkeypatch.setattr(gluon, "FINE", 32)
     monkeypatch.setattr(gluon, "PROGRAMS", 2)

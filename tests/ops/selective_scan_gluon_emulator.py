@@ -126,11 +126,20 @@ LANGUAGE = {
     "where": lambda condition, a, b: torch.where(torch.as_tensor(condition), torch.as_tensor(a), torch.as_tensor(b)),
     "sum": lambda value, axis: value.sum(axis), "join": lambda a, b: torch.stack([a, b], -1),
     "convert_layout": lambda value, layout, assert_trivial=False: value,
+    "split": lambda value: value.unbind(-1),
 }  # fmt: skip
 
 
 def _mma(left: Tensor, right: Tensor, total: Tensor, input_precision: str) -> Tensor:
     return total + left @ right
+
+
+# Copies past the registers, done at once.
+ASYNC_COPY = types.SimpleNamespace(
+    async_copy_global_to_shared=lambda shared, pointer, mask: shared.store(load(pointer, mask)),
+    commit_group=lambda: None,
+    wait_group=lambda outstanding: None,
+)
 
 
 def _plain(function: GluonJITFunction, gl: types.SimpleNamespace, done: dict) -> Callable:
@@ -147,6 +156,7 @@ def _plain(function: GluonJITFunction, gl: types.SimpleNamespace, done: dict) ->
             scope[name] = value.value
     scope["gl"] = gl
     scope["mma_v2"] = _mma
+    scope["async_copy"] = ASYNC_COPY
     return result
 
 

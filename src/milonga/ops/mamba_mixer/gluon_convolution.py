@@ -3,14 +3,15 @@
 The gradient of u is that of the scan and a product of F numbers a row with the weight of the narrow projection. Added
 up in memory, it would be read and written once more than here. A program is four warps with the same 128 channels, each
 of which walks along a chunk of time of its own, 16 rows at a turn: their product is taken by the matrix units for all
-four warps and goes through shared memory; then row by row as in `causal_conv.triton_kernels.conv_backward`.
+four warps and goes through shared memory, swizzled against bank conflicts; then row by row as in
+`causal_conv.triton_kernels.conv_backward`. What the next product reads is copied during the walk, past the registers.
 """
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.ampere import mma_v2
+from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 
-from milonga.ops.selective_scan.gluon_common import PLAIN, sigmoid, wide
+from milonga.ops.selective_scan.gluon_common import sigmoid, wide
 
 CHANNELS = gl.constexpr(128)
 HALF = gl.constexpr(64)
@@ -19,16 +20,19 @@ TURN = gl.constexpr(16)
 ROWS = gl.constexpr(64)
 TAPS = gl.constexpr(4)
 DEPTH = gl.constexpr(32)
+# Rows whose loads are issued together, ahead of their use.
+AHEAD = gl.constexpr(4)
 WALK = gl.constexpr(gl.BlockedLayout([1, 4], [1, 32], [4, 1], [1, 0]))
-ROW_OF_TURN = gl.constexpr(gl.BlockedLayout([1, 1, 4], [1, 1, 32], [4, 1, 1], [2, 1, 0]))
-MATRIX = gl.constexpr(gl.NVMMADistributedLayout(version=[2, 0], warps_per_cta=[4, 1], instr_shape=[16, 8]))
+ROWS_OF_TURN = gl.constexpr(gl.BlockedLayout([1, AHEAD, 4], [1, 1, 32], [4, 1, 1], [2, 1, 0]))
+MATRIX = gl.constexpr(gl.NVMMADistributedLayout(version=[2, 0], warps_per_cta=[2, 2], instr_shape=[16, 8]))
 LEFT = gl.constexpr(gl.DotOperandLayout(0, MATRIX, 2))
 RIGHT = gl.constexpr(gl.DotOperandLayout(1, MATRIX, 2))
 NARROW = gl.constexpr(gl.BlockedLayout([1, 8], [8, 4], [4, 1], [1, 0]))
 WEIGHT = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0]))
 NARROW_SHARED = gl.constexpr(gl.SwizzledSharedLayout(8, 2, 4, [1, 0]))
 WEIGHT_SHARED = gl.constexpr(gl.SwizzledSharedLayout(8, 1, 8, [1, 0]))
-PLAIN_3 = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [2, 1, 0]))
+TURNS_OF_PRODUCTS = gl.constexpr(gl.SwizzledSharedLayout(4, 1, AHEAD, [2, 1, 0]))
+PRODUCTS = gl.constexpr(gl.SwizzledSharedLayout(4, 1, AHEAD, [1, 0]))
 
 
 @gluon.jit
@@ -44,7 +48,7 @@ def place(slot, slots, T, length):
 
 
 @gluon.jit
-def rows_of(pointer, stride, row, end, AHEAD: gl.constexpr):
+def rows_of(pointer, stride, row, end):
     """The next rows of each warp, zeros from row `end` on."""
     values = ()
     for k in gl.static_range(AHEAD):
@@ -53,25 +57,35 @@ def rows_of(pointer, stride, row, end, AHEAD: gl.constexpr):
 
 
 @gluon.jit
-def narrow_rows(pointer, row, end, column, F, BLOCKS: gl.constexpr):
-    """`[64, 32]` of each block of the narrow gradient."""
-    values = ()
+def four_rows(v):
+    """`[4, 4, 128]`, warp by row, as four `[4, 128]`."""
+    even, odd = gl.split(v.reshape([WARPS, 2, 2, CHANNELS]).permute([0, 1, 3, 2]))
+    first, third = gl.split(even.permute([0, 2, 1]))
+    second, fourth = gl.split(odd.permute([0, 2, 1]))
+    return (
+        gl.convert_layout(first, WALK, assert_trivial=True), gl.convert_layout(second, WALK, assert_trivial=True),
+        gl.convert_layout(third, WALK, assert_trivial=True), gl.convert_layout(fourth, WALK, assert_trivial=True),
+    )  # fmt: skip
+
+
+@gluon.jit
+def copy_narrow_rows(lefts, pointer, row, end, column, F: gl.constexpr, BLOCKS: gl.constexpr):
+    """`[64, 32]` of each block of the narrow gradient, on their way to shared memory; zeros from row `end` on."""
     for j in gl.static_range(BLOCKS):
         inside = (row < end)[:, None] & (column + j * DEPTH < F)[None, :]
-        values = values + (gl.load(pointer + (column + j * DEPTH)[None, :], mask=inside, other=0.0),)
-    return values
+        async_copy.async_copy_global_to_shared(lefts[j], pointer + (column + j * DEPTH)[None, :], mask=inside)
+    async_copy.commit_group()
 
 
 @gluon.jit(do_not_specialize=["T", "slots", "length"])
 def conv_backward(
-    grad_u, narrow, into, x, weight, bias, grad_x, partial, T, F, slots, length, narrow_step, into_step,
-    E: gl.constexpr, g_step: gl.constexpr, x_step: gl.constexpr, out_step: gl.constexpr, BLOCKS: gl.constexpr,
-    AHEAD: gl.constexpr,
+    grad_u, narrow, into, x, weight, bias, grad_x, partial, T, slots, length,
+    E: gl.constexpr, F: gl.constexpr, g_step: gl.constexpr, x_step: gl.constexpr, out_step: gl.constexpr,
+    narrow_step: gl.constexpr, BLOCKS: gl.constexpr,
 ):  # fmt: skip
     """Gradients of the rows of four chunks, and each chunk's part in the sums for weight and bias, `[slots, 5, E]`.
 
     The upstream gradient is `grad_u + narrow @ into`, `into` `[F E]`. Four taps, SiLU, zeros before a sequence.
-    Loads are issued AHEAD rows before their use.
     """
     blocks = E // CHANNELS
     program = gl.program_id(0)
@@ -109,38 +123,39 @@ def conv_backward(
     width = channel + gl.arange(0, HALF, layout=gl.SliceLayout(0, WEIGHT))
     for j in gl.static_range(BLOCKS):
         for half in gl.static_range(2):
-            at = (j * DEPTH + depth)[:, None] * into_step + (width + half * HALF)[None, :]
+            at = (j * DEPTH + depth)[:, None] * E + (width + half * HALF)[None, :]
             tile = gl.load(into + at, mask=(j * DEPTH + depth < F)[:, None] & (at >= 0), other=0.0)
             weights.index(2 * j + half).store(tile)
-    lefts = gl.allocate_shared_memory(into.dtype.element_ty, [BLOCKS, ROWS, DEPTH], NARROW_SHARED)
-    products = gl.allocate_shared_memory(gl.float32, [ROWS, CHANNELS], PLAIN)
-    turns = products._reinterpret(gl.float32, [WARPS, TURN, CHANNELS], PLAIN_3)
+    lefts = ()
+    for _ in gl.static_range(BLOCKS):
+        lefts = lefts + (gl.allocate_shared_memory(into.dtype.element_ty, [ROWS, DEPTH], NARROW_SHARED),)
+    products = gl.allocate_shared_memory(gl.float32, [ROWS, CHANNELS], PRODUCTS)
+    turns = products._reinterpret(gl.float32, [WARPS, TURN, CHANNELS], TURNS_OF_PRODUCTS)
 
-    raw = narrow_rows(narrow_at, r, narrow_known, column, F, BLOCKS)
-    values = rows_of(x_at, x_step, 0, known, AHEAD)
-    upstream = rows_of(g_at, g_step, 0, known, AHEAD)
+    copy_narrow_rows(lefts, narrow_at, r, narrow_known, column, F, BLOCKS)
+    values = rows_of(x_at, x_step, 0, known)
+    upstream = rows_of(g_at, g_step, 0, known)
     for turn in range((length + (TAPS - 1) + TURN - 1) // TURN):
-        for j in gl.static_range(BLOCKS):
-            lefts.index(j).store(raw[j])
+        async_copy.wait_group(0)
         for half in gl.static_range(2):
             total = gl.zeros([ROWS, HALF], gl.float32, layout=MATRIX)
             for j in gl.static_range(BLOCKS):
                 total = mma_v2(
-                    lefts.index(j).load(LEFT), weights.index(2 * j + half).load(RIGHT), total, input_precision="tf32"
+                    lefts[j].load(LEFT), weights.index(2 * j + half).load(RIGHT), total, input_precision="tf32"
                 )
             products.slice(half * HALF, HALF, 1).store(total)
         narrow_at += TURN * narrow_step
-        raw = narrow_rows(narrow_at, r + (turn + 1) * TURN, narrow_known, column, F, BLOCKS)
+        copy_narrow_rows(lefts, narrow_at, r + (turn + 1) * TURN, narrow_known, column, F, BLOCKS)
         for group in gl.static_range(TURN // AHEAD):
             x_at += AHEAD * x_step
             g_at += AHEAD * g_step
             later = turn * TURN + (group + 1) * AHEAD
-            coming = rows_of(x_at, x_step, later, known, AHEAD)
-            coming_g = rows_of(g_at, g_step, later, known, AHEAD)
+            coming = rows_of(x_at, x_step, later, known)
+            coming_g = rows_of(g_at, g_step, later, known)
+            through = four_rows(turns.slice(group * AHEAD, AHEAD, 1).load(ROWS_OF_TURN))
             for k in gl.static_range(AHEAD):
                 t = turn * TURN + group * AHEAD + k
-                through = turns.slice(group * AHEAD + k, 1, 1).load(ROW_OF_TURN).reshape([WARPS, CHANNELS])
-                slope = wide(upstream[k]) + gl.convert_layout(through, WALK, assert_trivial=True)
+                slope = wide(upstream[k]) + through[k]
                 value = wide(values[k])
                 out = gl.fma(value, taps[TAPS - 1], shift)
                 for i in gl.static_range(TAPS - 1):

@@ -14,8 +14,6 @@ CHANNELS, WARPS, TURN, TAPS, DEPTH = 128, 4, 16, 4, 32
 # Warps that an H100 runs at once, 12 on each multiprocessor. Fixed, so that results do not depend on the GPU.
 WAVE = 1584
 _REGISTERS = 168
-# Rows whose loads are issued together, ahead of their use.
-_AHEAD = 4
 # Columns of the narrow gradient that shared memory has room for.
 WIDEST = 128
 
@@ -64,9 +62,9 @@ def conv_backward(
         if slots > 0:
             assert out_step is not None
             gluon_convolution.conv_backward[(-(-slots // WARPS) * blocks,)](
-                grad_u, narrow, into, x, taps, bias, grad_x, partial, time, narrow.shape[-1],
-                slots, length, narrow.stride(0), into.stride(0), E=width, g_step=g_step, x_step=x_step,
-                out_step=out_step, BLOCKS=-(-narrow.shape[-1] // DEPTH), AHEAD=_AHEAD,
+                grad_u, narrow, into, x, taps, bias, grad_x, partial, time, slots, length,
+                E=width, F=narrow.shape[-1], g_step=g_step, x_step=x_step, out_step=out_step,
+                narrow_step=narrow.stride(0), BLOCKS=-(-narrow.shape[-1] // DEPTH),
                 num_warps=WARPS, maxnreg=_REGISTERS,
             )  # fmt: skip
         triton_kernels.conv_sums[(-(-width // 32), TAPS + 1)](

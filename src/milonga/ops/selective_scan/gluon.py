@@ -23,8 +23,12 @@ _FIRST, _FIRST_BACKWARD = 0.8, 0.2
 FINE = 384
 # Where they can: chunks that are longer by more than this only to be divided evenly cost more than they bring.
 _LONGER = 1.01
+# What a program costs beside its steps, in steps.
+_SETUP = 64
 # fp32 numbers that the sums of dB and dC over blocks of channels may take. Beyond, time is walked in parts.
 WORKSPACE = 96 * 2**20
+# Channels of a program that sums what programs leave for A, D and dt_bias.
+_SUMMED = 16
 # Registers a lane, for three programs a multiprocessor; four for the first pass.
 _REGISTERS, _REGISTERS_FIRST = 168, 128
 
@@ -53,10 +57,13 @@ def _pieces(parallel: int, first: float) -> int:
     return max(turns * PROGRAMS // parallel, 1)
 
 
-def _length(rows: int, sequences: int, packed: bool, blocks: int, enough: int, first: float) -> tuple[int, int]:
+def _length(
+    rows: int, sequences: int, packed: bool, blocks: int, enough: int, first: float, rest: bool
+) -> tuple[int, int]:
     """Steps of a chunk, and how many chunks the first pass makes of it: multiples of the spacing of checkpoints.
 
-    How long packed sequences are is known on the GPU alone: they are taken for one.
+    How long packed sequences are is known on the GPU alone: they are taken for one. With `rest` the last chunk of a
+    sequence may be a short one beside those for which there is room.
     """
     longest = rows if packed else rows // max(sequences, 1)
     parallel = blocks * (1 if packed else sequences)
@@ -69,7 +76,26 @@ def _length(rows: int, sequences: int, packed: bool, blocks: int, enough: int, f
     counts = [count for count in (8, 4, 2) if pieces > 1 and steps >= count * FINE]
     even = (count for count in counts if rounded(count) <= _LONGER * rounded(1))
     finer = next(even, counts[-1] if counts else 1)
-    return rounded(finer), finer
+    length = rounded(finer)
+    if rest and pieces > 1 and not packed:
+        length = _with_a_rest(longest, parallel, pieces, length, CHUNK * finer)
+    return length, finer
+
+
+def _with_a_rest(steps: int, parallel: int, pieces: int, length: int, unit: int) -> int:
+    """`length`, or fewer steps by whole units: where `pieces` chunks of each sequence leave places free, these take
+    what is left of all sequences, a short chunk each, one after the other, while the others walk theirs."""
+    free = -(pieces * parallel) % PROGRAMS
+    if free == 0:
+        return length
+    turns = -(-parallel // free)
+
+    def fits(shorter: int) -> bool:
+        return shorter >= SHORTEST and turns * (max(steps - pieces * shorter, 0) + _SETUP) <= shorter
+
+    while fits(length - unit):
+        length -= unit
+    return length
 
 
 class Into(NamedTuple):
@@ -87,13 +113,13 @@ class Into(NamedTuple):
 class _Plan:
     """Sizes that a pass and its launches share."""
 
-    def __init__(self, x: Tensor, offsets: Tensor | None, enough: int, first: float) -> None:
+    def __init__(self, x: Tensor, offsets: Tensor | None, enough: int, first: float, rest: bool) -> None:
         self.batch, self.time, self.width = x.shape
         self.packed = offsets is not None
         self.sequences = self.batch if offsets is None else offsets.numel() - 1
         self.rows = self.batch * self.time
         self.blocks = -(-self.width // CHANNELS)
-        self.length, self.finer = _length(self.rows, self.sequences, self.packed, self.blocks, enough, first)
+        self.length, self.finer = _length(self.rows, self.sequences, self.packed, self.blocks, enough, first, rest)
         pieces = max(-(-self.time // self.length), 1)
         # every sequence has a slot more than it may need where sequences are packed
         self.slots = self.rows // self.length + self.sequences if self.packed else self.sequences * pieces
@@ -130,7 +156,7 @@ def forward(
     save: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Kernel of `milonga::selective_scan`."""
-    plan = _Plan(x, offsets, ENOUGH, _FIRST)
+    plan = _Plan(x, offsets, ENOUGH, _FIRST, rest=False)  # its first pass would have to go over more steps
     width = plan.width
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     final = A.new_empty(plan.sequences, width, STATES)
@@ -188,7 +214,7 @@ def backward(
 
     With `into` the gradients of x, dt, z, B and C and y, which z and `gated` ask for, are written there.
     """
-    plan = _Plan(x, offsets, ENOUGH_BACKWARD, _FIRST_BACKWARD)
+    plan = _Plan(x, offsets, ENOUGH_BACKWARD, _FIRST_BACKWARD, rest=True)
     width, slots = plan.width, plan.slots
     if into is None:
         grad_x, grad_dt = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for _ in range(2))
@@ -223,9 +249,9 @@ def backward(
                     ROWS=8, PARTS=count > 1, num_warps=2,
                 )  # fmt: skip
     grad_A, grad_D, grad_bias = (A.new_empty(width * kind) for kind in kinds)
-    triton_sums.sum_parts[(plan.blocks,)](
+    triton_sums.sum_parts[(-(-width // _SUMMED),)](
         parts_A, parts_D, parts_bias, grad_A, grad_D, grad_bias, count * slots, width,
-        CH=CHANNELS, N=STATES, D_=D is not None, BIAS=dt_bias is not None, num_warps=4,
+        CH=_SUMMED, N=STATES, D_=D is not None, BIAS=dt_bias is not None, num_warps=2,
     )  # fmt: skip
     return grad_x, grad_dt, grad_A.view(width, STATES), grad_B, grad_C, grad_D, grad_z, grad_bias, grad_initial, y
 

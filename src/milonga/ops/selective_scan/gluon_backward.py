@@ -42,6 +42,7 @@ from milonga.ops.selective_scan.gluon_common import (
     fold,
     parts_of,
     sigmoid,
+    slot_of,
     softplus,
     state_offsets,
     tile_rows,
@@ -139,9 +140,9 @@ def scan_back_ends(
     """The r that leaves each chunk but the first at its start, if none comes in at its end; sums of delta."""
     blocks = (E + CHANNELS - 1) // CHANNELS
     program = gl.program_id(0)
-    slot = program // blocks
     channel = (program % blocks) * CHANNELS
     length = length // finer
+    slot = slot_of(program // blocks, T, sequences, length, PACKED)
     _, chunk, _, _, _, first, steps = chunk_of(slot, bounds, T, sequences, length, PACKED)
     if chunk < finer:
         steps = 0
@@ -244,7 +245,7 @@ def scan_backward(
     """
     blocks = (E + CHANNELS - 1) // CHANNELS
     program = gl.program_id(0)
-    slot = program // blocks
+    slot = slot_of(program // blocks, T, sequences, length, PACKED)
     block = program % blocks
     channel = block * CHANNELS
     sequence, chunk, _, origin, total, first, steps = chunk_of(slot, bounds, T, sequences, length, PACKED)

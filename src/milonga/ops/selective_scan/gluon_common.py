@@ -96,6 +96,17 @@ def sigmoid(v):
 
 
 @gluon.jit
+def slot_of(place, T, sequences, length, PACKED: gl.constexpr):
+    """The slot that the `place`-th programs take: first chunks of all sequences first, last chunks, which may be short,
+    last. A slot says where a chunk's results lie."""
+    slot = place
+    if not PACKED:
+        per_row = gl.maximum((T + length - 1) // length, 1)
+        slot = place % sequences * per_row + place // sequences
+    return slot
+
+
+@gluon.jit
 def chunk_of(slot, bounds, T, sequences, length, PACKED: gl.constexpr):
     """-> (sequence, chunk within it, its number of chunks, the sequence's first row and steps, first row, steps).
 

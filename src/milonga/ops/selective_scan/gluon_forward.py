@@ -22,6 +22,7 @@ from milonga.ops.selective_scan.gluon_common import (
     fold,
     parts_of,
     sigmoid,
+    slot_of,
     softplus,
     state_offsets,
     tile_rows,
@@ -47,10 +48,10 @@ def scan_forward(
     RL: gl.constexpr = ROWS_LAYOUT if CH == 64 else HALF_ROWS_LAYOUT
     blocks = (E + CH - 1) // CH
     program = gl.program_id(0)
-    slot = program // blocks
     channel = (program % blocks) * CH
     if ENDS:
         length = length // finer
+    slot = slot_of(program // blocks, T, sequences, length, PACKED)
     sequence, chunk, chunks, origin, _, first, steps = chunk_of(slot, bounds, T, sequences, length, PACKED)
     # of the last chunk nobody needs the end
     wanted = chunk < (chunks - 1) // finer * finer

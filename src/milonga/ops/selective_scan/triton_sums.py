@@ -44,21 +44,25 @@ def sum_parts(
     parts_A, parts_D, parts_bias, grad_A, grad_D, grad_bias, parts, E,
     CH: tl.constexpr, N: tl.constexpr, D_: tl.constexpr, BIAS: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of A `[E N]`, D and dt_bias from those of `parts` programs."""
+    """Gradients of A `[E N]`, D and dt_bias from those of `parts` programs, of which four are loaded at a time."""
     e = tl.program_id(0) * CH + tl.arange(0, CH)
     i = tl.program_id(0) * CH * N + tl.arange(0, CH * N)
     d_A = tl.zeros([CH * N], tl.float32)
     d_D = tl.zeros([CH], tl.float32)
     d_bias = tl.zeros([CH], tl.float32)
-    for _ in range(parts):
-        d_A += tl.load(parts_A + i, mask=i < E * N, other=0.0)
-        parts_A += E * N
+    for first in range(0, parts, 4):
+        for k in tl.static_range(4):
+            there = first + k < parts
+            d_A += tl.load(parts_A + k * (E * N) + i, mask=(i < E * N) & there, other=0.0)
+            if D_:
+                d_D += tl.load(parts_D + k * E + e, mask=(e < E) & there, other=0.0)
+            if BIAS:
+                d_bias += tl.load(parts_bias + k * E + e, mask=(e < E) & there, other=0.0)
+        parts_A += 4 * E * N
         if D_:
-            d_D += tl.load(parts_D + e, mask=e < E, other=0.0)
-            parts_D += E
+            parts_D += 4 * E
         if BIAS:
-            d_bias += tl.load(parts_bias + e, mask=e < E, other=0.0)
-            parts_bias += E
+            parts_bias += 4 * E
     tl.store(grad_A + i, d_A, mask=i < E * N)
     if D_:
         tl.store(grad_D + e, d_D, mask=e < E)
