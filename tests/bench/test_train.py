@@ -79,9 +79,15 @@ def test_demands_are_of_shapes_of_record():
     assert all((shapes[name].batch, shapes[name].length) == (batch, length) for name, batch, length in TRAIN)
 
 
+def peers_note(peers: bool) -> list[str]:
+    return list(bench_train([TINY], CPU, "fp32", compile_=False, budget=0, peers=peers).notes)
+
+
 def test_models_of_packages_that_are_not_there_are_not_asked(monkeypatch):
     monkeypatch.setattr(peers, "INSTALLED", dict.fromkeys(peers.PACKAGES, False))
     assert list(peers.peer_models(TINY.config, "cpu")) == []
+    assert "not beside it, since not installed: fla, mamba_ssm, transformers" in peers_note(peers=True)
+    assert not any("not installed" in note for note in peers_note(peers=False))
 
 
 def test_a_package_whose_models_cannot_be_loaded_is_named_with_the_reason(monkeypatch):

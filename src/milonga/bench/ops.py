@@ -11,7 +11,7 @@ from milonga.bench.cases import OPS, Case, Contender, Letters, Op
 from milonga.bench.ceilings import Ceilings, dtype_name
 from milonga.bench.demands import AS_FAST_AS_PEERS, CHIP, Demand, demand, judged
 from milonga.bench.figures import Figure
-from milonga.bench.peers import peers_of
+from milonga.bench.peers import OF_OP, absent, peers_of
 from milonga.bench.result import Bar, Bars, BenchResult, Progress, Table, silent
 from milonga.bench.study import no_room
 from milonga.bench.timing import Call, Failure, Timing, measure
@@ -278,6 +278,8 @@ def bench_ops(
         rows += _rows(op, case, contenders, both, device, step)
     progress(len(jobs), len(jobs), "the floors")
     rows = _with_floors(rows, ceilings, dtype)
+    if peers:
+        notes += absent(package for op in ops for package in OF_OP[op.name])
     if device.type == "cuda" and ceilings.exps is None:
         notes.append("exponentials could not be counted: Triton is not installed")
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None

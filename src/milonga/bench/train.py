@@ -11,7 +11,7 @@ from torch import nn
 
 from milonga.bench.ceilings import Ceilings
 from milonga.bench.models import TrainingShape, product_flops
-from milonga.bench.peers import one_line, peer_models
+from milonga.bench.peers import WITH_MODELS, absent, one_line, peer_models
 from milonga.bench.result import BenchResult, Progress, silent
 from milonga.bench.study import attempt, forget
 from milonga.bench.timing import synchronize
@@ -256,7 +256,7 @@ def bench_train(
         "capture": capture,
         "device": str(device),
     }
-    notes += _explained(precision, device)
+    notes += _explained(precision, device, peers)
     return BenchResult(
         "train",
         settings,
@@ -269,11 +269,12 @@ def bench_train(
     )
 
 
-def _explained(precision: Precision, device: torch.device) -> list[str]:
-    """What the words of the table mean."""
+def _explained(precision: Precision, device: torch.device, peers: bool) -> list[str]:
+    """What is missing beside the rows, and what the words of the table mean."""
     notes = [
+        *(absent(WITH_MODELS) if peers else []),
         "utilisation: FLOPs of a step (6 x parameters x tokens; or as counted from the config) over the time of a step "
-        f"and the measured rate of {precision} matrix products; floor: the matrix products of both passes alone"
+        f"and the measured rate of {precision} matrix products; floor: the matrix products of both passes alone",
     ]
     if device.type == "cuda":
         notes.append(

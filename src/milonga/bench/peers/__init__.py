@@ -6,7 +6,7 @@ which ops it has, and lays out the inputs as the package wants them. A module wi
 its reason.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from importlib import import_module
 from importlib.util import find_spec
 
@@ -34,6 +34,12 @@ OF_OP: Mapping[str, tuple[str, ...]] = {
 WITH_MODELS = ("mamba_ssm", "fla", "transformers")
 
 Offer = Callable[[Case], list[Contender]]
+
+
+def absent(packages: Iterable[str]) -> list[str]:
+    """A sentence that names those of `packages` that are not installed; none if all are."""
+    missing = sorted({package for package in packages if not INSTALLED[package]})
+    return [f"not beside it, since not installed: {', '.join(missing)}"] if missing else []
 
 
 def peers_of(case: Case) -> tuple[list[Contender], dict[str, str]]:

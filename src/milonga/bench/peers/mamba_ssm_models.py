@@ -28,6 +28,7 @@ def model(config: ModelConfig, device_type: str) -> nn.Module | None:
         n_layer=len(config.stack),
         vocab_size=config.vocab_size,
         ssm_cfg={"layer": "Mamba1"},
+        rms_norm=config.norm == "rms_norm",
         pad_vocab_size_multiple=8,
         tie_embeddings=config.tied,
     )
