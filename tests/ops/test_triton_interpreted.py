@@ -25,6 +25,7 @@ OPS = [
     "selective_scan_gluon",
     "linear_cross_entropy",
     "swiglu",
+    "adamw",
 ]
 Done = subprocess.CompletedProcess[str]
 

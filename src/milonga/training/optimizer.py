@@ -1,6 +1,6 @@
 """Optimizers over named parameter groups: AdamW, and Muon for the hidden matrices."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal
 
 import torch
@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveFlo
 from torch import Tensor, nn
 
 from milonga.models import Network
+from milonga.ops.adamw import Columns, Table, adamw_, takes
 from milonga.training.muon import StackedMuon
 
 Parameters = dict[str, nn.Parameter]
@@ -42,10 +43,60 @@ class OptimizerConfig(BaseModel):
 
 
 class _AdamW(torch.optim.AdamW):
-    """AdamW whose fused step takes two numbers from where the gradients are, as `torch.amp.GradScaler` uses it."""
+    """AdamW whose fused step takes two numbers from where the gradients are, as `torch.amp.GradScaler` uses it.
+
+    On a GPU, for plain tensors in fp32, the step is a kernel of ours over PyTorch's own state, which leaves gradients
+    as they are; anywhere else it is PyTorch's.
+    """
 
     grad_scale: Tensor | None = None  # fp32 []: gradients are divided by it
     found_inf: Tensor | None = None  # fp32 []: where it is 1 nothing moves
+    _tables: tuple[Table, ...] = ()
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """Move every parameter that has a gradient along it."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        groups = [self._tensors(group) for group in self.param_groups]
+        if None in groups:
+            _unhooked(torch.optim.AdamW.step)(self)
+            return loss
+        if len(self._tables) != len(groups):
+            self._tables = tuple(Table() for _ in groups)
+        for group, tensors, table in zip(self.param_groups, groups, self._tables, strict=True):
+            if tensors is not None and tensors[0]:
+                settings = {name: group[name] for name in ("lr", "betas", "eps", "weight_decay")}
+                adamw_(tensors, **settings, scale=self.grad_scale, skip=self.found_inf, table=table)
+        return loss
+
+    def _tensors(self, group: dict[str, Any]) -> Columns | None:
+        """What our kernel moves of a group; None where the step must be PyTorch's."""
+        unknown = ("amsgrad", "maximize", "differentiable", "capturable")
+        moved = [p for p in group["params"] if p.grad is not None]
+        if not group["fused"] or any(group[name] for name in unknown) or not isinstance(group["lr"], float):
+            return None
+        if not all(p.is_cuda and p.dtype is torch.float32 for p in moved) or torch.cuda.is_current_stream_capturing():
+            return None
+        for p in moved:
+            if not self.state[p]:
+                self.state[p]["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
+                self.state[p]["exp_avg"] = torch.zeros_like(p)
+                self.state[p]["exp_avg_sq"] = torch.zeros_like(p)
+        states = [self.state[p] for p in moved]
+        gradients = [p.grad for p in moved if p.grad is not None]
+        exp_avgs, exp_avg_sqs, steps = ([state[of] for state in states] for of in ("exp_avg", "exp_avg_sq", "step"))
+        tensors = (moved, gradients, exp_avgs, exp_avg_sqs, steps)
+        return tensors if not moved or takes(tensors) else None
+
+
+def _unhooked(step: Any) -> Callable[..., Any]:
+    """A step of an optimizer's class without the hooks that its first object wrapped it in: ours has its own."""
+    while getattr(step, "hooked", False):
+        step = step.__wrapped__
+    return step
 
 
 class Optimizer:
@@ -74,7 +125,7 @@ class Optimizer:
         """Move every parameter along its gradient.
 
         Args:
-            scale: fp32 `[]` on the device: what gradients are divided by, in place. Only where `decides`.
+            scale: fp32 `[]` on the device: what gradients are divided by, perhaps in place. Only where `decides`.
             skip: fp32 `[]`: where it is 1 nothing moves and no step is counted. Only where `decides`.
         """
         assert self.decides or (scale is None and skip is None), "Muon would take neither"
