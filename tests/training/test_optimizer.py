@@ -90,6 +90,27 @@ def test_saved_and_loaded_it_goes_on_to_the_same_bits(network, name):
     assert all(torch.equal(value, second.tensors()[key]) for key, value in first.tensors().items())
 
 
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_hooks_of_a_step_are_called_once_and_a_closure_too(network, name):
+    torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))])  # now the step of PyTorch's class has hooks of its own
+    adamw = build_optimizer(network, OptimizerConfig(name=name)).parts[0]
+    calls = []
+
+    def closure():
+        calls.append("closure")
+        assert torch.is_grad_enabled()
+        for parameter in network.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        return 3.0
+
+    adamw.register_step_pre_hook(lambda *_: calls.append("before"))
+    adamw.register_step_post_hook(lambda *_: calls.append("after"))
+    before = network.embedding.weight.detach().clone()
+    assert adamw.step(closure) == 3.0
+    assert calls == ["before", "closure", "after"]
+    assert not torch.equal(before, network.embedding.weight)
+
+
 def test_moments_of_another_model_are_refused(network):
     optimizer = build_optimizer(network, OptimizerConfig())
     with pytest.raises(ValueError, match=r"other\.weight/exp_avg belongs to no parameter of this model"):

@@ -11,6 +11,7 @@ from milonga.ops.backend import INSTALLED, kernels
 
 # Bound of the relative RMS error of what one step adds to parameters and makes of moments, against float64.
 ERROR_BOUND = 1e-6
+_PLAIN = {Tensor, nn.Parameter}
 
 
 Columns = tuple[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor], Sequence[Tensor], Sequence[Tensor]]
@@ -27,7 +28,7 @@ def takes(tensors: Columns) -> bool:
         return False
     if any(len(column) != len(parameters) for column in tensors):
         return False
-    shapes, device = [parameter.shape for parameter in parameters], parameters[0].device
+    shapes, device = [parameter.shape for parameter in parameters], parameters[0].get_device()
     return (
         all([tensor.shape for tensor in column] == shapes for column in others)
         and all(_plain(tensor, device) for column in tensors for tensor in column)
@@ -35,13 +36,13 @@ def takes(tensors: Columns) -> bool:
     )
 
 
-def _plain(tensor: Tensor, device: torch.device) -> bool:
+def _plain(tensor: Tensor, device: int) -> bool:
     return (
         tensor.dtype is torch.float32
         and tensor.layout is torch.strided
-        and tensor.device == device
+        and tensor.get_device() == device
         and tensor.is_contiguous()
-        and type(tensor) in (Tensor, nn.Parameter)
+        and type(tensor) in _PLAIN
     )
 
 

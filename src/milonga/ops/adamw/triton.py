@@ -76,9 +76,6 @@ def _step(
     table, owner, rates, scale, skip, weight1, weight2, eps, decay,
     SCALES: tl.constexpr, SKIPS: tl.constexpr, ALIGNED: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    if SKIPS:
-        if tl.load(skip) == 1.0:
-            return
     tensor = tl.load(owner + tl.program_id(0))
     row = table + tensor * _COLUMNS
     start = (tl.program_id(0) - tl.load(row + _FIRST)) * CHUNK
@@ -91,6 +88,9 @@ def _step(
         parameter, gradient = tl.multiple_of(parameter, 16), tl.multiple_of(gradient, 16)
         exp_avg, exp_avg_sq = tl.multiple_of(exp_avg, 16), tl.multiple_of(exp_avg_sq, 16)
     parameter, gradient, exp_avg, exp_avg_sq = parameter + start, gradient + start, exp_avg + start, exp_avg_sq + start
+    if SKIPS:  # behind the loads above, which so need not wait for this one
+        if tl.load(skip) == 1.0:
+            return
     rate, correction = tl.load(rates + tensor * 2), tl.load(rates + tensor * 2 + 1)
     inverse = 1.0
     if SCALES:
