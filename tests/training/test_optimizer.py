@@ -111,6 +111,16 @@ def test_hooks_of_a_step_are_called_once_and_a_closure_too(network, name):
     assert not torch.equal(before, network.embedding.weight)
 
 
+def test_parameters_without_gradients_stay(network):
+    optimizer = build_optimizer(network, OptimizerConfig())
+    before = [parameter.detach().clone() for parameter in network.parameters()]
+    optimizer.step()
+    assert all(torch.equal(one, other) for one, other in zip(before, network.parameters(), strict=True))
+    network.norm.weight.grad = torch.ones_like(network.norm.weight)
+    optimizer.step()
+    assert {name.rpartition("/")[0] for name in optimizer.tensors()} == {"norm.weight"}
+
+
 def test_moments_of_another_model_are_refused(network):
     optimizer = build_optimizer(network, OptimizerConfig())
     with pytest.raises(ValueError, match=r"other\.weight/exp_avg belongs to no parameter of this model"):

@@ -78,6 +78,8 @@ class _AdamW(torch.optim.AdamW):
         moved = [p for p in group["params"] if p.grad is not None]
         if not group["fused"] or any(group[name] for name in unknown) or not isinstance(group["lr"], float):
             return None
+        if not moved:
+            return [], [], [], [], []
         if not all(p.is_cuda and p.dtype is torch.float32 for p in moved) or torch.cuda.is_current_stream_capturing():
             return None
         for p in moved:
@@ -89,7 +91,7 @@ class _AdamW(torch.optim.AdamW):
         gradients = [p.grad for p in moved if p.grad is not None]
         exp_avgs, exp_avg_sqs, steps = ([state[of] for state in states] for of in ("exp_avg", "exp_avg_sq", "step"))
         tensors = (moved, gradients, exp_avgs, exp_avg_sqs, steps)
-        return tensors if not moved or takes(tensors) else None
+        return tensors if takes(tensors) else None
 
 
 def _unhooked(step: Any) -> Callable[..., Any]:
