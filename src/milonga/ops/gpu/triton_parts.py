@@ -101,10 +101,10 @@ def sum_rows(values: Tensor, first: int) -> tuple[Tensor, Tensor]:
     count, width = values.shape
     out, rest = (torch.empty(size, dtype=torch.float32, device=values.device) for size in (first, width - first))
     if width:
-        tall = min(power_of_two(count), 256)
-        columns = min(power_of_two(width), 4096 // tall)
+        tall = min(power_of_two(count), 512)
+        columns = min(power_of_two(width), 8192 // tall)
         with torch.cuda.device_of(values):
             _sum_rows[(-(-width // columns),)](
-                values, out, rest, count, width, first, ROWS=tall, CH=columns, num_warps=8
+                values, out, rest, count, width, first, ROWS=tall, CH=columns, num_warps=16
             )  # fmt: skip
     return out, rest

@@ -251,7 +251,7 @@ def backward(
     grad_A, grad_D, grad_bias = (A.new_empty(width * kind) for kind in kinds)
     triton_sums.sum_parts[(-(-width // _SUMMED),)](
         parts_A, parts_D, parts_bias, grad_A, grad_D, grad_bias, count * slots, width,
-        CH=_SUMMED, N=STATES, D_=D is not None, BIAS=dt_bias is not None, num_warps=2,
+        CH=_SUMMED, N=STATES, D_=D is not None, BIAS=dt_bias is not None, num_warps=4,
     )  # fmt: skip
     return grad_x, grad_dt, grad_A.view(width, STATES), grad_B, grad_C, grad_D, grad_z, grad_bias, grad_initial, y
 
