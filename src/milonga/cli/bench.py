@@ -202,9 +202,8 @@ def first_use(
         typer.Option(help="ops (or ops:scan+conv), train, prefill; separated by commas.", metavar="PARTS"),
     ] = None,
     compile_: Annotated[
-        bool | None,
-        typer.Option("--compile/--no-compile", help="Run training through torch.compile. [default: on a GPU]"),
-    ] = None,
+        bool, typer.Option("--compile/--no-compile", help="Run training through torch.compile.")
+    ] = False,
     dtype: Dtype = None,
     device: Device = None,
     json_: Json = None,

@@ -289,7 +289,7 @@ def run_bench_decode(
 
 
 def run_bench_first_use(
-    what: str | None, compile_: bool | None, dtype: str | None, device: str | None, outputs: Outputs
+    what: str | None, compile_: bool, dtype: str | None, device: str | None, outputs: Outputs
 ) -> int:
     """Measure what compiling costs.
 
@@ -300,11 +300,5 @@ def run_bench_first_use(
     check(outputs)
     chosen = dtype_name(parse_dtype(dtype, place))
     with shown("processes") as progress:
-        result = bench_first_use(
-            parts,
-            place,
-            chosen,
-            compile_=place.type == "cuda" if compile_ is None else compile_,
-            progress=progress,
-        )
+        result = bench_first_use(parts, place, chosen, compile_=compile_, progress=progress)
     return finish(result, outputs)
