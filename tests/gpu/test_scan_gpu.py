@@ -165,6 +165,23 @@ def test_few_steps_of_packed_sequences() -> None:
     assert all(relative_rms(a, b) <= ERROR_BOUND for a, b in zip(got, exact, strict=True))
 
 
+def test_a_rest_changes_rounding_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """MambaByte's shape: three chunks and a short fourth in the backward pass, beside three even ones."""
+    from milonga.ops.selective_scan import gluon
+
+    plan = gluon._Plan(torch.empty(4, 8192, 2048, device="meta"), None, gluon.ENOUGH_BACKWARD, 0.2, rest=True)
+    assert (plan.length, plan.slots) == (2688, 16)
+    inputs = on_gpu(make(4, 8192, 2048, 16), torch.bfloat16)
+    gradients = []
+    for _ in range(2):
+        leaves = [value.detach().requires_grad_() for value in inputs.values()]
+        y, _ = selective_scan(**dict(zip(inputs, leaves, strict=True)), backend="triton")
+        gradients.append(torch.autograd.grad(y, leaves, torch.ones_like(y)))
+        monkeypatch.setattr(gluon, "_with_a_rest", lambda steps, parallel, pieces, length, unit: length)
+    for name, got, even in zip(inputs, *gradients, strict=True):
+        assert relative_rms(got, even) <= torch.finfo(torch.bfloat16).eps / 8, name
+
+
 def test_small_for_the_sanitizer() -> None:
     check(on_gpu(make(1, 200, 70, 16), torch.bfloat16))
 

@@ -6,11 +6,11 @@ Run by `test_triton_interpreted.py` in a process of its own: the sums over progr
 import pytest
 import torch
 
-from milonga.ops.selective_scan import ERROR_BOUND, HALF_GRADIENT_BOUND, gluon
+from milonga.ops.selective_scan import ERROR_BOUND, HALF_GRADIENT_BOUND, gluon, gluon_common
 from milonga.segments import Segments
 from tests.ops.helpers import assert_strides_change_nothing, relative_rms
 from tests.ops.interpreted_selective_scan import ORDER, check, gated_again, reference, scan
-from tests.ops.selective_scan_gluon_emulator import Emulated
+from tests.ops.selective_scan_gluon_emulator import Emulated, plain
 from tests.ops.test_selective_scan import OPTIONAL, make
 
 
@@ -102,11 +102,34 @@ def test_a_rest_fits_beside_the_chunks() -> None:
                 assert -(-parallel // free) * rest < length
 
 
-def test_short_chunks_of_several_sequences(monkeypatch) -> None:
-    """Two sequences of 64, 64 and 2 steps, the last chunks after all others."""
-    monkeypatch.setattr(gluon, "_with_a_rest", lambda steps, parallel, pieces, length, unit: 64)
+def test_the_last_chunks_come_last() -> None:
+    """Two sequences of 64, 64 and 2 steps: a slot says where results lie, chunk by chunk of each sequence."""
+    slot_of = plain(gluon_common.slot_of)
+    slots = [int(slot_of(torch.as_tensor(place), 130, 2, 64, PACKED=False)) for place in range(6)]
+    assert slots == [0, 3, 1, 4, 2, 5]
+    assert [int(slot_of(torch.as_tensor(place), 130, 2, 64, PACKED=True)) for place in range(6)] == list(range(6))
+
+
+@pytest.mark.parametrize(("steps", "fine", "finer"), [(130, 384, 1), (150, 16, 2), (640, 32, 4)])
+def test_short_chunks_of_several_sequences(steps: int, fine: int, finer: int, monkeypatch) -> None:
+    """Each sequence in two chunks and a rest, with shorter ones in the first pass and without."""
+    monkeypatch.setattr(
+        gluon, "_with_a_rest", lambda steps, parallel, pieces, length, unit: -(-steps // (3 * unit)) * unit
+    )
     monkeypatch.setattr(gluon, "PROGRAMS", 5)
-    check(make(2, 130, 8, 16))
+    monkeypatch.setattr(gluon, "FINE", fine)
+    length, pieces = gluon._length(2 * steps, 2, False, 1, gluon.ENOUGH_BACKWARD, 0.2, rest=True)
+    assert pieces == finer
+    assert steps % length > 0
+    check(make(2, steps, 8, 16))
+
+
+def test_no_rest_where_time_is_walked_in_parts(monkeypatch) -> None:
+    """Sums of dB and dC have a slot for each chunk: a rest would take a whole one."""
+    x, enough = torch.empty(4, 8192, 2048, device="meta"), gluon.ENOUGH_BACKWARD
+    assert gluon._Plan(x, None, enough, 0.2, rest=True).length == 2688
+    monkeypatch.setattr(gluon, "WORKSPACE", 2**20)
+    assert gluon._Plan(x, None, enough, 0.2, rest=True).length == 2752
 
 
 def test_finer_chunks_in_the_first_pass(monkeypatch) -> None:

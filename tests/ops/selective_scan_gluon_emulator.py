@@ -113,6 +113,10 @@ def allocate_shared_memory(dtype: torch.dtype, shape: list[int], layout) -> Shar
     return Shared(torch.full(shape, float("nan"), dtype=dtype))
 
 
+def _holds(condition: bool) -> None:
+    assert condition
+
+
 LANGUAGE = {
     "float32": torch.float32, "bfloat16": torch.bfloat16, "int32": torch.int32, "int64": torch.int64,
     "load": load, "store": store, "inline_asm_elementwise": inline_asm, "static_range": range,
@@ -126,7 +130,7 @@ LANGUAGE = {
     "where": lambda condition, a, b: torch.where(torch.as_tensor(condition), torch.as_tensor(a), torch.as_tensor(b)),
     "sum": lambda value, axis: value.sum(axis), "join": lambda a, b: torch.stack([a, b], -1),
     "convert_layout": lambda value, layout, assert_trivial=False: value,
-    "split": lambda value: value.unbind(-1),
+    "split": lambda value: value.unbind(-1), "static_assert": _holds,
 }  # fmt: skip
 
 
@@ -158,6 +162,11 @@ def _plain(function: GluonJITFunction, gl: types.SimpleNamespace, done: dict) ->
     scope["mma_v2"] = _mma
     scope["async_copy"] = ASYNC_COPY
     return result
+
+
+def plain(function: GluonJITFunction) -> Callable:
+    """A function that kernels call, on PyTorch's tensors."""
+    return _plain(function, types.SimpleNamespace(**LANGUAGE), {})
 
 
 class Emulated:

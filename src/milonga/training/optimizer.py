@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveFlo
 from torch import Tensor, nn
 
 from milonga.models import Network
-from milonga.ops.adamw import Columns, Table, adamw_, takes
+from milonga.ops.adamw import Columns, Table, move_, takes
 from milonga.training.muon import StackedMuon
 
 Parameters = dict[str, nn.Parameter]
@@ -43,7 +43,7 @@ class OptimizerConfig(BaseModel):
 
 
 class _AdamW(torch.optim.AdamW):
-    """AdamW whose fused step takes two numbers from where the gradients are, as `torch.amp.GradScaler` uses it.
+    """AdamW whose fused step takes two numbers from where the gradients are.
 
     On a GPU, for plain tensors in fp32, the step is a kernel of ours over PyTorch's own state, which leaves gradients
     as they are; anywhere else it is PyTorch's.
@@ -68,15 +68,16 @@ class _AdamW(torch.optim.AdamW):
             self._tables = tuple(Table() for _ in groups)
         for group, tensors, table in zip(self.param_groups, groups, self._tables, strict=True):
             if tensors is not None and tensors[0]:
-                settings = {name: group[name] for name in ("lr", "betas", "eps", "weight_decay")}
-                adamw_(tensors, **settings, scale=self.grad_scale, skip=self.found_inf, table=table)
+                settings = (group["lr"], group["betas"], group["eps"], group["weight_decay"])
+                move_(tensors, *settings, self.grad_scale, self.found_inf, table)
         return loss
 
     def _tensors(self, group: dict[str, Any]) -> Columns | None:
         """What our kernel moves of a group; None where the step must be PyTorch's."""
         unknown = ("amsgrad", "maximize", "differentiable", "capturable")
         moved = [p for p in group["params"] if p.grad is not None]
-        if not group["fused"] or any(group[name] for name in unknown) or not isinstance(group["lr"], float):
+        plain = all(isinstance(number, float) for number in (group["lr"], *group["betas"]))
+        if not group["fused"] or any(group[name] for name in unknown) or not plain:
             return None
         if not moved:
             return [], [], [], [], []

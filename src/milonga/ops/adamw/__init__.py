@@ -71,19 +71,44 @@ def adamw_(
     flow through it; versions of what it moves are counted.
 
     Args:
-        tensors: parameters p, gradients, exp_avgs m, exp_avg_sqs v and steps t (fp32 `[]` each: steps that were made);
-            such as `takes` takes. A kernel follows their addresses and this is not checked again.
+        tensors: parameters p, gradients, exp_avgs m, exp_avg_sqs v and steps t (fp32 `[]` each: steps that were made).
         lr, betas, eps, weight_decay: of all these tensors; betas in [0, 1).
         scale: fp32 `[]`: what gradients are divided by; 1 if absent.
         skip: fp32 `[]`: where it is 1 nothing moves and no step is counted.
         table: the one of the last step of the same tensors saves the host some work; any other is as good.
 
+    Raises:
+        ValueError: if `takes` does not take the tensors, or while a CUDA graph is captured: a replay would follow the
+            addresses of the step that was captured.
+
     Source: Loshchilov and Hutter, "Decoupled Weight Decay Regularization" (2019), algorithm 2.
     """
+    if not takes(tensors):
+        raise ValueError(
+            "adamw_: tensors must be five columns of plain fp32 tensors, each contiguous and all on one GPU, with a "
+            "gradient, two moments of its shape and a step count [] for each parameter; for others take "
+            "torch.optim.AdamW"
+        )
+    if torch.cuda.is_current_stream_capturing():
+        raise ValueError("adamw_: it cannot be captured in a CUDA graph; take its step behind the graph")
+    move_(tensors, lr, betas, eps, weight_decay, scale, skip, Table() if table is None else table)
+
+
+def move_(
+    tensors: Columns,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+    scale: Tensor | None,
+    skip: Tensor | None,
+    table: Table,
+) -> None:
+    """`adamw_` of what `takes` has taken: kernels follow the addresses, and nothing is checked again."""
     device = tensors[0][0].device
     scale, skip = (None if number is None else number.to(device, torch.float32) for number in (scale, skip))
     kernels("adamw", "triton").step(
-        Table() if table is None else table,
+        table,
         tensors,
         lr=lr,
         betas=betas,
@@ -96,4 +121,4 @@ def adamw_(
     torch.autograd.graph.increment_version([*parameters, *chain.from_iterable(state)])
 
 
-__all__ = ["ERROR_BOUND", "Columns", "Table", "adamw_", "takes"]
+__all__ = ["ERROR_BOUND", "Columns", "Table", "adamw_", "move_", "takes"]

@@ -23,13 +23,13 @@ class Table:
     """Addresses and sizes on the device, made once and kept while the tensors stay where they are.
 
     Gradients may be elsewhere at every step. Then eight numbers a tensor are copied anew, and not waited for; the map
-    of chunks, which depends on sizes alone, stays.
+    of chunks, which depends on sizes alone, stays. Steps of one table are meant for one stream.
     """
 
     def __init__(self) -> None:
         self._seen: tuple[list[int], int] | None = None
         self._launches: list[Launch] = []
-        self._owners: dict[tuple[int, ...], Tensor] = {}
+        self._owners: dict[tuple[torch.device, tuple[int, ...]], Tensor] = {}
 
     def launches(self, tensors: Sequence[Sequence[Tensor]], counts: Sequence[int], chunk: int) -> list[Launch]:
         """All (parameters, gradients, exp_avgs, exp_avg_sqs, step counts): the aligned ones, and then the others.
@@ -55,20 +55,20 @@ def _launch(
     aligned: bool,
     chunk: int,
     device: torch.device,
-    owners: dict[tuple[int, ...], Tensor],
-) -> tuple[Launch, tuple[int, ...]]:
+    owners: dict[tuple[torch.device, tuple[int, ...]], Tensor],
+) -> tuple[Launch, tuple[torch.device, tuple[int, ...]]]:
     """-> (a launch, by what its map of chunks is known)."""
     chunks = tuple(-(-row[5] // chunk) for row in rows)
     numbers, first = array("q"), 0
     for row, count in zip(rows, chunks, strict=True):
         numbers.extend((*row, first, 0))
         first += count
-    owner = owners.get(chunks)
+    owner = owners.get((device, chunks))
     if owner is None:
         owner = _there(torch.arange(len(rows), dtype=torch.int32).repeat_interleave(torch.tensor(chunks)), device)
-    return Launch(_there(torch.frombuffer(numbers, dtype=torch.int64), device), owner, aligned), chunks
+    return Launch(_there(torch.frombuffer(numbers, dtype=torch.int64), device), owner, aligned), (device, chunks)
 
 
 def _there(table: Tensor, device: torch.device) -> Tensor:
     """A copy on `device`, not waited for: pinned memory is not given out again before the copies from it are made."""
-    return table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table
+    return table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table.to(device)

@@ -1,4 +1,4 @@
-"""A step of AdamW on a GPU: many tensors in one launch, which finds them by their addresses in a table.
+"""A step of AdamW on a GPU: many tensors in one launch that moves them and finds them by their addresses in a table.
 
 A program is a chunk of one tensor. A launch of its own before it counts the step and finds each tensor's bias
 corrections, in float64: 1 - beta^t in fp32 would be wrong in the fifth digit at first. What is left for a chunk is to
@@ -50,9 +50,19 @@ def _count(
 
 
 @triton.jit
+def _mean(old, new, beta, weight, LITTLE: tl.constexpr):
+    """beta * old + weight * new, weight = 1 - beta, from the side that is nearer: of the other little would be left."""
+    if LITTLE:
+        found = tl.fma(old - new, beta, new)
+    else:
+        found = tl.fma(new - old, weight, old)
+    return found
+
+
+@triton.jit
 def _move(
-    parameter, gradient, exp_avg, exp_avg_sq, left, inverse, weight1, weight2, eps, decay, rate, correction,
-    WHOLE: tl.constexpr, CHUNK: tl.constexpr,
+    parameter, gradient, exp_avg, exp_avg_sq, left, inverse, beta1, beta2, weight1, weight2, eps, decay, rate,
+    correction, LITTLE1: tl.constexpr, LITTLE2: tl.constexpr, WHOLE: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     # every rounding is written down (fma), so that no path differs from another by what a compiler joins
     at = tl.arange(0, CHUNK)
@@ -61,8 +71,8 @@ def _move(
     m = tl.load(exp_avg + at, mask=live)
     v = tl.load(exp_avg_sq + at, mask=live)
     p = tl.load(parameter + at, mask=live)
-    m = tl.fma(g - m, weight1, m)
-    v = tl.fma(g * g - v, weight2, v)
+    m = _mean(m, g, beta1, weight1, LITTLE1)
+    v = _mean(v, g * g, beta2, weight2, LITTLE2)
     update = tl.div_rn(m, tl.fma(tl.sqrt_rn(v), correction, eps))
     # one rounding of the size of p: beside it a decay of 1e-6 of p would be half lost in 1 - 1e-6
     p = p - tl.fma(p, decay, rate * update)
@@ -71,10 +81,11 @@ def _move(
     tl.store(parameter + at, p, mask=live)
 
 
-@triton.jit(do_not_specialize=["weight1", "weight2", "eps", "decay"])
+@triton.jit(do_not_specialize=["beta1", "beta2", "weight1", "weight2", "eps", "decay"])
 def _step(
-    table, owner, rates, scale, skip, weight1, weight2, eps, decay,
-    SCALES: tl.constexpr, SKIPS: tl.constexpr, ALIGNED: tl.constexpr, CHUNK: tl.constexpr,
+    table, owner, rates, scale, skip, beta1, beta2, weight1, weight2, eps, decay,
+    LITTLE1: tl.constexpr, LITTLE2: tl.constexpr, SCALES: tl.constexpr, SKIPS: tl.constexpr, ALIGNED: tl.constexpr,
+    CHUNK: tl.constexpr,
 ):  # fmt: skip
     tensor = tl.load(owner + tl.program_id(0))
     row = table + tensor * _COLUMNS
@@ -97,13 +108,13 @@ def _step(
         inverse = tl.div_rn(1.0, tl.load(scale))
     if left >= CHUNK:  # without masks, which would part the wide accesses
         _move(
-            parameter, gradient, exp_avg, exp_avg_sq, left, inverse, weight1, weight2, eps, decay, rate, correction,
-            True, CHUNK,
+            parameter, gradient, exp_avg, exp_avg_sq, left, inverse, beta1, beta2, weight1, weight2, eps, decay, rate,
+            correction, LITTLE1, LITTLE2, True, CHUNK,
         )  # fmt: skip
     else:
         _move(
-            parameter, gradient, exp_avg, exp_avg_sq, left, inverse, weight1, weight2, eps, decay, rate, correction,
-            False, CHUNK,
+            parameter, gradient, exp_avg, exp_avg_sq, left, inverse, beta1, beta2, weight1, weight2, eps, decay, rate,
+            correction, LITTLE1, LITTLE2, False, CHUNK,
         )  # fmt: skip
 
 
@@ -137,6 +148,7 @@ def step(
             if owner.numel():
                 _step[(owner.numel(),)](
                     rows, owner, rates, absent if scale is None else scale, absent if skip is None else skip,
-                    1.0 - betas[0], 1.0 - betas[1], float(eps), float(lr * weight_decay),
+                    float(betas[0]), float(betas[1]), 1.0 - betas[0], 1.0 - betas[1], float(eps),
+                    float(lr * weight_decay), LITTLE1=betas[0] < 0.5, LITTLE2=betas[1] < 0.5,
                     SCALES=scale is not None, SKIPS=skip is not None, ALIGNED=aligned, CHUNK=_CHUNK, num_warps=_WARPS,
                 )  # fmt: skip

@@ -20,7 +20,7 @@ TURN = gl.constexpr(16)
 ROWS = gl.constexpr(64)
 TAPS = gl.constexpr(4)
 DEPTH = gl.constexpr(32)
-# Rows whose loads are issued together, ahead of their use.
+# Rows whose loads are issued together, ahead of their use; the product's rows are read, so swizzled, in as many.
 AHEAD = gl.constexpr(4)
 WALK = gl.constexpr(gl.BlockedLayout([1, 4], [1, 32], [4, 1], [1, 0]))
 ROWS_OF_TURN = gl.constexpr(gl.BlockedLayout([1, AHEAD, 4], [1, 1, 32], [4, 1, 1], [2, 1, 0]))
@@ -58,7 +58,8 @@ def rows_of(pointer, stride, row, end):
 
 @gluon.jit
 def four_rows(v):
-    """`[4, 4, 128]`, warp by row, as four `[4, 128]`."""
+    """`[4, AHEAD, 128]`, warp by row, as four `[4, 128]`."""
+    gl.static_assert(AHEAD == 4)
     even, odd = gl.split(v.reshape([WARPS, 2, 2, CHANNELS]).permute([0, 1, 3, 2]))
     first, third = gl.split(even.permute([0, 2, 1]))
     second, fourth = gl.split(odd.permute([0, 2, 1]))

@@ -29,6 +29,8 @@ def _capable(device: int) -> bool:
 def suits(grad_u: Tensor, narrow: Tensor, taps: int) -> bool:
     """Whether `conv_backward` takes the gradients of u `[B T E]` and of the narrow product `[R F]`."""
     shape = grad_u.shape[-1] % CHANNELS == 0 and narrow.shape[-1] <= WIDEST and narrow.shape[-1] % 8 == 0
+    # rows of the narrow gradient are copied to shared memory 16 bytes at a time
+    shape = shape and narrow.stride(0) % 8 == 0 and narrow.data_ptr() % 16 == 0
     return grad_u.is_cuda and shape and taps == TAPS and grad_u.element_size() == 2 and _capable(grad_u.device.index)
 
 

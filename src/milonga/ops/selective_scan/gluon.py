@@ -19,7 +19,8 @@ ENOUGH, ENOUGH_BACKWARD = 96, 250
 SHORTEST = 128
 # What the first pass over a step costs, the second pass being 1.
 _FIRST, _FIRST_BACKWARD = 0.8, 0.2
-# Where chunks are long, the first pass takes shorter ones, of at least FINE steps: all multiprocessors end together.
+# Where chunks are long, the first pass takes shorter ones, of FINE steps or more, or almost: all multiprocessors end
+# together.
 FINE = 384
 # Where they can: chunks that are longer by more than this only to be divided evenly cost more than they bring.
 _LONGER = 1.01
@@ -119,6 +120,8 @@ class _Plan:
         self.sequences = self.batch if offsets is None else offsets.numel() - 1
         self.rows = self.batch * self.time
         self.blocks = -(-self.width // CHANNELS)
+        # a rest has room for a whole chunk in the sums of dB and dC where time is walked in parts
+        rest = rest and self.sums <= WORKSPACE
         self.length, self.finer = _length(self.rows, self.sequences, self.packed, self.blocks, enough, first, rest)
         pieces = max(-(-self.time // self.length), 1)
         # every sequence has a slot more than it may need where sequences are packed
@@ -132,6 +135,11 @@ class _Plan:
         parallel = self.blocks * (1 if self.packed else self.sequences)
         self.half = not self.chunked and 2 * parallel <= PROGRAMS
         self.kept_step = checkpoint_shape(0, 0, self.width, STATES, False)[1]
+
+    @property
+    def sums(self) -> int:
+        """Numbers in the sums of dB and dC over a block of channels, of all blocks and rows."""
+        return self.rows * self.blocks * 2 * STATES
 
     @property
     def programs(self) -> int:
@@ -225,8 +233,7 @@ def backward(
         grad_x, grad_dt, grad_z, y, grad_B, grad_C = into
     grad_initial = A.new_empty((plan.sequences, width, STATES) if initial else (0,))
     # packed sequences share the rows of partial sums, so that short ones do not cost a chunk each
-    size = plan.rows * plan.blocks * 2 * STATES
-    count = 1 if plan.packed else max(-(-size // WORKSPACE), 1)
+    count = 1 if plan.packed else max(-(-plan.sums // WORKSPACE), 1)
     part = -(-plan.length // (count * CHUNK)) * CHUNK
     count = -(-plan.length // part)
     kinds = (STATES, 0 if D is None else 1, 0 if dt_bias is None else 1)

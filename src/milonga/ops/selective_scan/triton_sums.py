@@ -16,6 +16,13 @@ def sum_blocks(
     i = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     j = tl.arange(0, 32)
     inside = i < rows
+    row = i
+    if PARTS:
+        per_row = (T + length - 1) // length
+        slot = i // part
+        step = (slot % per_row) * length + low + i % part
+        row = slot // per_row * T + step
+        inside = inside & (low + i % part < length) & (step < T)
     at = partials + i[:, None] * 32 + j[None, :]
     size = rows.to(tl.int64) * 32
     total = tl.zeros([ROWS, 32], tl.float32)
@@ -24,13 +31,6 @@ def sum_blocks(
             mask = inside[:, None] & (block + k < blocks)
             total += tl.load(at + k * size, mask=mask, other=0.0)
         at += 4 * size
-    row = i
-    if PARTS:
-        per_row = (T + length - 1) // length
-        slot = i // part
-        step = (slot % per_row) * length + low + i % part
-        row = slot // per_row * T + step
-        inside = inside & (low + i % part < length) & (step < T)
     # columns, from the highest bit: n0, n3, dB or dC, n2, n1
     n = (j >> 4 & 1) + (j & 1) * 2 + (j >> 1 & 1) * 4 + (j >> 3 & 1) * 8
     for_C = (j >> 2 & 1) == 1
