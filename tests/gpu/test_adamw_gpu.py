@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from milonga.training import Optimizer, OptimizerConfig, build_optimizer
-from milonga.training.optimizer import _AdamW, _unhooked
+from milonga.training.muon import unhooked
+from milonga.training.optimizer import _AdamW
 from tests.gpu.helpers import SAMBA
 
 pytestmark = pytest.mark.gpu
@@ -20,7 +21,7 @@ class _Theirs(_AdamW):
     """PyTorch's own step, with the same two numbers."""
 
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        return _unhooked(torch.optim.AdamW.step)(self, closure)
+        return unhooked(torch.optim.AdamW.step)(self, closure)
 
 
 def pair(**settings) -> tuple[list[list[nn.Parameter]], list[_AdamW]]:

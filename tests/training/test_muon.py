@@ -75,3 +75,14 @@ def test_on_a_cpu_the_step_is_that_of_pytorch_where_the_closure_gives_the_first_
         optimizer.step(lambda parameters=parameters: _give_gradients(parameters, 0))
         moved.append(parameters)
     assert all(torch.equal(p, q) for p, q in zip(*moved, strict=True))
+
+
+def test_hooks_of_a_step_are_called_once():
+    torch.optim.Muon([torch.nn.Parameter(torch.zeros(2, 2))])  # now the step of PyTorch's class has hooks of its own
+    parameters = _parameters()
+    optimizer, calls = StackedMuon(parameters), []
+    optimizer.register_step_pre_hook(lambda *_: calls.append("before"))
+    optimizer.register_step_post_hook(lambda *_: calls.append("after"))
+    _give_gradients(parameters, 0)
+    optimizer.step()
+    assert calls == ["before", "after"]

@@ -14,6 +14,14 @@ Coefficients = tuple[float, float, float]
 STACK = 1 << 26
 
 
+def unhooked(step: Any) -> Callable[..., Any]:
+    """A step of an optimizer's class without the hooks that its first object wrapped it in: one of ours that calls it
+    has its own, which would be called twice."""
+    while getattr(step, "hooked", False):
+        step = step.__wrapped__
+    return step
+
+
 class StackedMuon(torch.optim.Muon):
     """`torch.optim.Muon`, its state and its update, with one launch an operation for all matrices of a shape.
 
@@ -27,7 +35,7 @@ class StackedMuon(torch.optim.Muon):
         parameters = [p for group in self.param_groups for p in group["params"]]  # a closure may give gradients
         known = all(group["adjust_lr_fn"] == "match_rms_adamw" for group in self.param_groups)
         if not known or not all(p.is_cuda and type(p.data) is Tensor for p in parameters):
-            return super().step(closure)
+            return unhooked(torch.optim.Muon.step)(self, closure)
         loss = None
         if closure is not None:
             with torch.enable_grad():

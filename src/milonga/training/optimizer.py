@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from milonga.models import Network
 from milonga.ops.adamw import Columns, Table, move_, takes
-from milonga.training.muon import StackedMuon
+from milonga.training.muon import StackedMuon, unhooked
 
 Parameters = dict[str, nn.Parameter]
 
@@ -62,7 +62,7 @@ class _AdamW(torch.optim.AdamW):
                 loss = closure()
         groups = [self._tensors(group) for group in self.param_groups]
         if None in groups:
-            _unhooked(torch.optim.AdamW.step)(self)
+            unhooked(torch.optim.AdamW.step)(self)
             return loss
         if len(self._tables) != len(groups):
             self._tables = tuple(Table() for _ in groups)
@@ -93,13 +93,6 @@ class _AdamW(torch.optim.AdamW):
         exp_avgs, exp_avg_sqs, steps = ([state[of] for state in states] for of in ("exp_avg", "exp_avg_sq", "step"))
         tensors = (moved, gradients, exp_avgs, exp_avg_sqs, steps)
         return tensors if takes(tensors) else None
-
-
-def _unhooked(step: Any) -> Callable[..., Any]:
-    """A step of an optimizer's class without the hooks that its first object wrapped it in: ours has its own."""
-    while getattr(step, "hooked", False):
-        step = step.__wrapped__
-    return step
 
 
 class Optimizer:
