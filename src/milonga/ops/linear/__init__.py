@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from milonga.ops.backend import INSTALLED, direct, kernels
+from milonga.ops.backend import INSTALLED, direct, kernels, under_autocast
 from milonga.ops.linear.library import AVAILABLE, linear_op, product
 from milonga.ops.linear.split import split_product
 
@@ -76,13 +76,8 @@ def _check_mixed(x: Tensor, weight: Tensor, scale: Tensor | None) -> None:
     if scale is not None:
         if not x.is_floating_point():
             raise ValueError(f"linear: x must be of a floating dtype beside int8 weights, got {wanted}")
-    elif torch.float64 in dtypes or not (x.is_floating_point() and weight.is_floating_point() and _autocast(x)):
+    elif torch.float64 in dtypes or not (x.is_floating_point() and weight.is_floating_point() and under_autocast(x)):
         raise ValueError(f"linear: weight must have the dtype of x, expected {wanted}, got {got}")
-
-
-def _autocast(x: Tensor) -> bool:
-    device = x.device.type
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
 def linear_split(x: Tensor, weight: Tensor, sizes: Sequence[int], scale: Tensor | None = None) -> tuple[Tensor, ...]:
@@ -97,7 +92,8 @@ def linear_split(x: Tensor, weight: Tensor, sizes: Sequence[int], scale: Tensor 
     """
     if sum(sizes) != weight.shape[0]:
         raise ValueError(f"linear: sizes must add up to {weight.shape[0]}, got {list(sizes)}")
-    fits = x.shape[-1:] == weight.shape[1:] and x.device == weight.device and (x.dtype == weight.dtype or _autocast(x))
+    alike = x.dtype == weight.dtype or under_autocast(x)
+    fits = alike and x.shape[-1:] == weight.shape[1:] and x.device == weight.device
     if x.device.type == "cuda" and scale is None and torch.is_grad_enabled() and fits:
         return split_product(x, weight, sizes)
     return linear(x, weight, scale).split(list(sizes), -1)

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from milonga.ops.backend import KERNEL_DTYPES, choice
+from milonga.ops.backend import KERNEL_DTYPES, choice, under_autocast
 from milonga.ops.checks import FLOATS, expect, expect_x
 from milonga.ops.mamba_mixer.function import MambaMixer
 from milonga.segments import Segments, sequence_count
@@ -37,10 +37,8 @@ def takes(x: Tensor) -> bool:
 
 def product_dtype(x: Tensor) -> torch.dtype:
     """The dtype of the products with x: that of autocast where it is on, but for float64."""
-    device = x.device.type
-    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-    autocast = autocast and x.dtype != torch.float64
-    return torch.get_autocast_dtype(device) if autocast else x.dtype
+    autocast = under_autocast(x) and x.dtype != torch.float64
+    return torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
 
 
 def mamba_mixer(

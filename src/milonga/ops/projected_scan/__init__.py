@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from milonga.ops.backend import choice
+from milonga.ops.backend import choice, under_autocast
 from milonga.ops.checks import expect, expect_x, wide
 from milonga.ops.linear import linear
 from milonga.ops.projected_scan.function import ProjectedScan
@@ -82,9 +82,7 @@ def projected_scan(
     section 3.3.2, where what is not worth keeping is made again in the backward pass.
     """
     device = u.device.type
-    # not every device has an autocast to ask about: `meta` has none
-    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-    if autocast and u.dtype != torch.float64:
+    if under_autocast(u) and u.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)
         u, z, x_weight, dt_weight, out_weight = (t.to(dtype) for t in (u, z, x_weight, dt_weight, out_weight))
     _check(u, z, x_weight, dt_weight, A, out_weight, D, dt_bias, initial, segments)
