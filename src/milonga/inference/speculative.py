@@ -37,6 +37,7 @@ from milonga.inference.model_drafter import ModelDrafter
 from milonga.inference.runner import NetworkRunner, Runner
 from milonga.inference.sampling import Sampler, Sampling
 from milonga.inference.session import Session
+from milonga.inference.session_arguments import tokens_asked
 from milonga.inference.speculative_rows import Rounds, SpeculationStats, SpeculativeRows, Texts, Until
 from milonga.models.network import NetworkState
 
@@ -190,9 +191,7 @@ class SpeculativeDecoder:
     def _start(
         self, session: Session, n: int, sampling: Sampling | None, context: Text | None, stream: DraftStream | None
     ) -> tuple["SpeculativeDecoder", Session, int, Sampler, DraftStream]:
-        if n < 0:
-            raise UserError(f"generate: the number of bytes must be 0 or more, got {n}")
-        here = session.mark()
+        n, here = tokens_asked(n), session.mark()
         if here.network is not self.verifier.network:
             raise UserError("speculative decoding: the session belongs to another model than the verifier")
         sampler = session.sampler(self.settings(sampling), n)

@@ -81,7 +81,7 @@ class _AdamW(torch.optim.AdamW):
             return None
         if not moved:
             return [], [], [], [], []
-        if not all(p.is_cuda and p.dtype is torch.float32 for p in moved) or torch.cuda.is_current_stream_capturing():
+        if not moved[0].is_cuda or torch.cuda.is_current_stream_capturing():
             return None
         for p in moved:
             if not self.state[p]:

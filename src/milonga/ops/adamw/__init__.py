@@ -107,16 +107,7 @@ def move_(
     """`adamw_` of what `takes` has taken: kernels follow the addresses, and nothing is checked again."""
     device = tensors[0][0].device
     scale, skip = (None if number is None else number.to(device, torch.float32) for number in (scale, skip))
-    kernels("adamw", "triton").step(
-        table,
-        tensors,
-        lr=lr,
-        betas=betas,
-        eps=eps,
-        weight_decay=weight_decay,
-        scale=scale,
-        skip=skip,
-    )
+    kernels("adamw", "triton").step(table, tensors, lr, betas, eps, weight_decay, scale, skip)
     parameters, _, *state = tensors
     torch.autograd.graph.increment_version([*parameters, *chain.from_iterable(state)])
 

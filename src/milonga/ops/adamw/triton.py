@@ -125,7 +125,6 @@ def _log2(beta: float) -> float:
 def step(
     table: Table,
     tensors: Sequence[Sequence[Tensor]],
-    *,
     lr: float,
     betas: tuple[float, float],
     eps: float,

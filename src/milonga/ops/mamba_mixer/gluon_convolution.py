@@ -57,7 +57,7 @@ def rows_of(pointer, stride, row, end):
 
 
 @gluon.jit
-def four_rows(v):
+def split_rows(v):
     """`[4, AHEAD, 128]`, warp by row, as four `[4, 128]`."""
     gl.static_assert(AHEAD == 4)
     even, odd = gl.split(v.reshape([WARPS, 2, 2, CHANNELS]).permute([0, 1, 3, 2]))
@@ -153,7 +153,7 @@ def conv_backward(
             later = turn * TURN + (group + 1) * AHEAD
             coming = rows_of(x_at, x_step, later, known)
             coming_g = rows_of(g_at, g_step, later, known)
-            through = four_rows(turns.slice(group * AHEAD, AHEAD, 1).load(ROWS_OF_TURN))
+            through = split_rows(turns.slice(group * AHEAD, AHEAD, 1).load(ROWS_OF_TURN))
             for k in gl.static_range(AHEAD):
                 t = turn * TURN + group * AHEAD + k
                 slope = wide(upstream[k]) + through[k]
