@@ -3,8 +3,8 @@
 A fresh process runs something twice and says how much longer the first time took. It does so with empty caches of
 compiled kernels (cold), then once more with the caches that it filled (warm). No cache of the user's is touched.
 
-PyTorch imports its own compiler with the first custom op or optimizer of a process, whether anything is compiled or
-not. For ops and training that import is done before, and shown by itself; a prefill goes without.
+PyTorch imports its own compiler with the first step of a process's optimizer, whether anything is compiled or not. For
+training that import is done before, and shown by itself; ops and a prefill go without.
 """
 
 import json
@@ -89,10 +89,10 @@ def _prefill(network: Any, length: int) -> object:
 
 
 def child(part: str, device_name: str, dtype_name: str, compile_: bool) -> dict[str, float]:
-    """In a fresh process: -> seconds that the first run of each took beyond the second, after those of the import."""
+    """In a fresh process: -> seconds that the first run of each took beyond the second; for training the import too."""
     device = torch.device(device_name)
     extra = {}
-    if not part.startswith("prefill"):
+    if part == "train":
         began = time.perf_counter()
         import_module(_COMPILER)
         extra[_IMPORT] = time.perf_counter() - began
@@ -153,8 +153,8 @@ def bench_first_use(
         _plots(rows),
         notes=[
             "processes of their own, with cache folders of their own that are empty at first and removed at the end",
-            f"{_COMPILER} is imported by PyTorch with the first custom op or optimizer of a process, compiled or not; "
-            "who calls an op waits for that too",
+            f"{_COMPILER} is imported by PyTorch with the first step of an optimizer, compiled or not; "
+            "who trains waits for that too",
         ],
     )
 

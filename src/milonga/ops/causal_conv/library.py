@@ -4,9 +4,10 @@ import torch
 from torch import Tensor
 
 from milonga.ops.backend import kernels
+from milonga.ops.custom_op import custom_op
 
 
-@torch.library.custom_op("milonga::causal_conv", mutates_args=(), device_types="cpu")
+@custom_op("causal_conv", "cpu")
 def causal_conv_op(
     x: Tensor, weight: Tensor, bias: Tensor | None, initial: Tensor | None, offsets: Tensor | None, silu: bool
 ) -> tuple[Tensor, Tensor]:
@@ -30,7 +31,7 @@ def _(
     return y, x.new_empty(sequences, weight.shape[1] - 1, x.shape[2])
 
 
-@torch.library.custom_op("milonga::causal_conv_backward", mutates_args=(), device_types="cpu")
+@custom_op("causal_conv_backward", "cpu")
 def causal_conv_backward_op(
     grad_y: Tensor | None,
     grad_final: Tensor | None,

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from milonga.ops.custom_op import custom_op
+
 # Whether this PyTorch carries oneDNN and the operator that calls it.
 AVAILABLE = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
@@ -12,7 +14,7 @@ def product(x: Tensor, weight: Tensor) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
 
 
-@torch.library.custom_op("milonga::linear", mutates_args=(), device_types="cpu")
+@custom_op("linear", "cpu")
 def linear_op(x: Tensor, weight: Tensor) -> Tensor:
     """`x [R, D]`, `weight [F, D]` -> `[R, F]`."""
     return product(x, weight)
@@ -23,7 +25,7 @@ def _(x: Tensor, weight: Tensor) -> Tensor:
     return x.new_empty(x.shape[0], weight.shape[0])
 
 
-@torch.library.custom_op("milonga::linear_backward", mutates_args=(), device_types="cpu")
+@custom_op("linear_backward", "cpu")
 def linear_backward_op(grad: Tensor, x: Tensor, weight: Tensor, need_x: bool, need_weight: bool) -> list[Tensor]:
     """-> the gradients asked for, of x `[R, D]` and of weight `[F, D]`."""
     gradients = []

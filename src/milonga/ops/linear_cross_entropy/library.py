@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 
 from milonga.ops.backend import kernels
+from milonga.ops.custom_op import custom_op
 
 
-@torch.library.custom_op("milonga::linear_cross_entropy", mutates_args=(), device_types="cpu")
+@custom_op("linear_cross_entropy", "cpu")
 def linear_cross_entropy_op(
     x: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, ignore_index: int, chunk: int, sloped: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -44,7 +45,7 @@ def _(
     return losses, torch.empty_like(losses), x.new_empty(x.shape), slope_weight, bias_slope
 
 
-@torch.library.custom_op("milonga::linear_cross_entropy_backward", mutates_args=(), device_types="cpu")
+@custom_op("linear_cross_entropy_backward", "cpu")
 def linear_cross_entropy_backward_op(
     grad: Tensor,
     x: Tensor,

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from milonga.ops.backend import kernels
+from milonga.ops.custom_op import custom_op
 
 
 def _like(x: Tensor) -> Tensor:
@@ -14,7 +15,7 @@ def _scale(x: Tensor) -> Tensor:
     return x.new_empty(x[..., 0].numel(), dtype=torch.float32)
 
 
-@torch.library.custom_op("milonga::rms_norm", mutates_args=(), device_types="cpu")
+@custom_op("rms_norm", "cpu")
 def rms_norm_op(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """-> (y like x, 1/rms of each row, fp32 `[R]`)."""
     return kernels("rms_norm", "cpu").forward(x, weight, eps)
@@ -30,7 +31,7 @@ def _(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     return _like(x), _scale(x)
 
 
-@torch.library.custom_op("milonga::rms_norm_backward", mutates_args=(), device_types="cpu")
+@custom_op("rms_norm_backward", "cpu")
 def rms_norm_backward_op(grad: Tensor, x: Tensor, weight: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
     """-> (gradient of x, gradient of weight `[D]` fp32)."""
     return kernels("rms_norm", "cpu").backward(grad, x, weight, scale)
@@ -61,7 +62,7 @@ def _backward(ctx, grad, _):
 rms_norm_op.register_autograd(_backward, setup_context=_setup)
 
 
-@torch.library.custom_op("milonga::norm", mutates_args=(), device_types="cuda")
+@custom_op("norm", "cuda")
 def norm_op(
     x: Tensor,
     residual: Tensor | None,
@@ -92,7 +93,7 @@ def _(x, residual, weight, bias, eps, dtype, centre, keep_sum):
     return y, total, normal, torch.empty_like(scale) if centre else scale.new_empty(0), scale
 
 
-@torch.library.custom_op("milonga::norm_backward", mutates_args=(), device_types="cuda")
+@custom_op("norm_backward", "cuda")
 def norm_backward_op(
     grad: Tensor,
     grad_total: Tensor | None,

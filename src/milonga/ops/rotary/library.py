@@ -2,13 +2,13 @@
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from milonga.ops.backend import kernels
+from milonga.ops.custom_op import custom_op
 
 
-@torch.library.custom_op("milonga::rotary", mutates_args=(), device_types="cpu")
+@custom_op("rotary", "cpu")
 def rotary_op(x: Tensor, positions: Tensor, base: float, sign: float) -> Tensor:
     """-> x turned by `sign` (1 or -1) times the angles, contiguous."""
     return kernels("rotary", "cpu").rotate(x, positions, base, sign)

@@ -4,10 +4,11 @@ import torch
 from torch import Tensor
 
 from milonga.ops.backend import kernels
+from milonga.ops.custom_op import custom_op
 from milonga.ops.selective_scan.checkpoints import checkpoint_shape
 
 
-@torch.library.custom_op("milonga::selective_scan", mutates_args=(), device_types="cpu")
+@custom_op("selective_scan", "cpu")
 def selective_scan_op(
     x: Tensor,
     dt: Tensor,
@@ -42,7 +43,7 @@ def _(x, dt, A, B, C, D, z, dt_bias, initial, offsets, save):
     )
 
 
-@torch.library.custom_op("milonga::selective_scan_backward", mutates_args=(), device_types="cpu")
+@custom_op("selective_scan_backward", "cpu")
 def selective_scan_backward_op(
     grad_y: Tensor | None,
     grad_final: Tensor | None,

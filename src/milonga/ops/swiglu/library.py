@@ -2,13 +2,13 @@
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from milonga.ops.backend import kernels
+from milonga.ops.custom_op import custom_op
 
 
-@torch.library.custom_op("milonga::swiglu", mutates_args=(), device_types="cpu")
+@custom_op("swiglu", "cpu")
 def swiglu_op(gate: Tensor, up: Tensor) -> Tensor:
     """-> silu(gate) * up, contiguous."""
     return kernels("swiglu", "cpu").forward(gate, up)
@@ -24,7 +24,7 @@ def _(gate: Tensor, up: Tensor) -> Tensor:
     return gate.new_empty(gate.shape)
 
 
-@torch.library.custom_op("milonga::swiglu_backward", mutates_args=(), device_types="cpu")
+@custom_op("swiglu_backward", "cpu")
 def swiglu_backward_op(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     """-> gradients of gate and up, contiguous."""
     return kernels("swiglu", "cpu").backward(grad, gate, up)
@@ -51,7 +51,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
 swiglu_op.register_autograd(_backward, setup_context=_setup)
 
 
-@torch.library.custom_op("milonga::swiglu_fused", mutates_args=(), device_types="cuda")
+@custom_op("swiglu_fused", "cuda")
 def swiglu_fused_op(both: Tensor) -> Tensor:
     """-> silu(gate) * up of `both` `[..., 2F]`, contiguous; on a GPU alone."""
     return kernels("swiglu", "triton").forward_fused(both)
@@ -62,7 +62,7 @@ def _(both: Tensor) -> Tensor:
     return both.new_empty((*both.shape[:-1], both.shape[-1] // 2))
 
 
-@torch.library.custom_op("milonga::swiglu_fused_backward", mutates_args=(), device_types="cuda")
+@custom_op("swiglu_fused_backward", "cuda")
 def swiglu_fused_backward_op(grad: Tensor, both: Tensor) -> Tensor:
     """-> gradient of `both`, contiguous."""
     return kernels("swiglu", "triton").backward_fused(grad, both)

@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 
 from milonga.ops.backend import kernels
+from milonga.ops.custom_op import custom_op
 
 
-@torch.library.custom_op("milonga::window_attention", mutates_args=(), device_types="cpu")
+@custom_op("window_attention", "cpu")
 def window_attention_op(
     q: Tensor,
     k: Tensor,
@@ -61,7 +62,7 @@ def _(
     return y, q.new_empty(2, *q.shape[:3], dtype=torch.float32)
 
 
-@torch.library.custom_op("milonga::window_attention_backward", mutates_args=(), device_types="cpu")
+@custom_op("window_attention_backward", "cpu")
 def window_attention_backward_op(
     grad: Tensor,
     q: Tensor,
