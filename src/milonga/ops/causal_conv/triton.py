@@ -13,10 +13,13 @@ _CHANNELS = 128
 # Rows whose loads are issued together, and turns of so many rows in a chunk of the forward pass.
 _AHEAD, _TURNS = 8, 4
 # The same for the backward pass: between the two numbers of turns, for a chunk leaves W + 1 rows of sums.
-_AHEAD_BACKWARD, _TURNS_BACKWARD, _MOST_TURNS = 4, 4, 32
+_AHEAD_BACKWARD, _TURNS_BACKWARD, _MOST_TURNS = 4, 4, 128
 # Programs (warps) of the backward pass that an H100 runs at once, 16 on each multiprocessor for want of registers.
 # Fixed, so that results do not depend on the GPU.
 _WAVE = 2112
+# Registers a lane that let so many run, where the compiler takes 168 and more by itself. More taps or numbers of more
+# bytes do not fit.
+_REGISTERS, _MOST_TAPS, _MOST_BYTES = 128, 4, 2
 
 
 @lru_cache(maxsize=256)
@@ -111,11 +114,12 @@ def backward(
     before = x if initial is None else initial.contiguous()
     after = x if grad_final is None else grad_final.contiguous()
     bounds = x if offsets is None else offsets
+    fits = plan.taps <= _MOST_TAPS and x.element_size() <= _MOST_BYTES
     with torch.cuda.device_of(x):
         triton_kernels.conv_backward[(slots * plan.blocks,)](
             upstream, after, x, weight, dense(bias, weight), before, bounds, grad_x, partial, grad_initial,
             plan.time, plan.width, plan.sequences, length, g_step, x_step, grad_x.stride(1),
-            K=_AHEAD_BACKWARD, Y=grad_y is not None, FINAL=grad_final is not None,
+            K=_AHEAD_BACKWARD, Y=grad_y is not None, FINAL=grad_final is not None, maxnreg=_REGISTERS if fits else None,
             **plan.constants(bias, initial, silu),
         )  # fmt: skip
         triton_kernels.conv_sums[(-(-plan.width // 32), plan.taps + 1)](
