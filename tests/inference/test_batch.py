@@ -343,6 +343,8 @@ def test_bad_input() -> None:
         lm.batch(max_rows=0)
     with pytest.raises(UserError, match="0 or more"):
         batch.join(b"a", n=-1)
+    with pytest.raises(UserError, match=r"batch: the number of tokens must be a whole number, got 2\.5"):
+        batch.join(b"a", n=2.5)
     with pytest.raises(UserError, match="steps"):
         batch.run(0)
     with pytest.raises(ValueError, match="another model"):

@@ -15,7 +15,7 @@ from milonga.inference.captured import RUN, Decoder
 from milonga.inference.device_sampling import device_mode
 from milonga.inference.generation import StopFinder
 from milonga.inference.marks import Mark
-from milonga.inference.sampling import Sampler, Sampling, Uniforms
+from milonga.inference.sampling import Sampler, Sampling, Uniforms, whole_number
 from milonga.inference.session import Session, piece_length
 from milonga.models.network import Network
 from milonga.segments import Segments
@@ -134,9 +134,11 @@ class Batch:
             n: tokens at most; None for no limit.
 
         Raises:
-            UserError: if n is below 0, the settings leave nothing to write, or the text cannot be read.
+            UserError: if n is not a whole number from 0 on, the settings leave nothing to write, or the text cannot be
+                read.
             ValueError: if the session is of another model.
         """
+        n = None if n is None else whole_number(n, "the number of tokens", "batch")
         if n is not None and n < 0:
             raise UserError(f"batch: the number of tokens must be 0 or more, got {n}")
         ids = np.empty(0, np.int64)

@@ -134,8 +134,8 @@ def _require(holds: bool, name: str, what: str, settings: Sampling) -> None:
         raise UserError(f"generate: {name} must be {what}, got {dataclasses.asdict(settings)[name]}")
 
 
-def whole_number(value: object, name: str) -> int:
-    """A whole number of any type as Python's.
+def whole_number(value: object, name: str, of: str = "generate") -> int:
+    """A whole number of any type as Python's; an error says what it was given as, and to what.
 
     Raises:
         UserError: if it is none.
@@ -145,7 +145,7 @@ def whole_number(value: object, name: str) -> int:
             return operator.index(value)
         except TypeError:  # an array of several, say
             pass
-    raise UserError(f"generate: {name} must be a whole number, got {value!r}")
+    raise UserError(f"{of}: {name} must be a whole number, got {value!r}")
 
 
 def real_number(value: object, name: str) -> float:
