@@ -8,7 +8,7 @@ import torch
 from milonga.layers import AttentionConfig, Layer, MambaConfig, SwiGLUConfig, attention, swiglu
 from milonga.layers.linear import store_weights
 from milonga.layers.recompute import CHEAP
-from milonga.models import ModelConfig
+from milonga.models import ModelConfig, preset
 from milonga.segments import Segments
 from milonga.state import to_flat
 
@@ -92,6 +92,18 @@ def test_every_layer_adds_to_the_residual_stream():
             x = x + sublayer.layer(sublayer.norm(x))[0]
         expected = network.norm(x) @ network.embedding.weight.T
         torch.testing.assert_close(network(tokens).logits, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["samba-421m", "mambabyte-353m", "llama-2-438m"])
+def test_shapes_without_memory(name: str) -> None:
+    """Both passes of a whole model on `meta`, where tensors have shapes and nothing else."""
+    network = preset(name).build(device="meta")
+    tokens = torch.zeros(2, 70, dtype=torch.long, device="meta")
+    assert network(tokens).logits.shape == (2, 70, network.config.vocab_size)
+    network(tokens, targets=tokens).losses.sum().backward()
+    for parameter in network.parameters():
+        assert parameter.grad is not None
+        assert parameter.grad.shape == parameter.shape
 
 
 def test_what_is_returned():

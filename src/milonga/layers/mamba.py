@@ -13,6 +13,7 @@ from milonga.layers.base import Keep, KeepFp32, Layer, LayerConfig, keep_per_seq
 from milonga.layers.linear import Linear, StoredLinear, in_parts, products
 from milonga.layers.norm import norm_of
 from milonga.layers.recompute import cheap, forgotten
+from milonga.ops.autocast import under_autocast
 from milonga.ops.causal_conv import causal_conv
 from milonga.ops.decode_step import MambaWeights, Norm, ReplayInputs, has_step_kernels, mamba_replay_, mamba_step_
 from milonga.ops.mamba_mixer import Mixed, mamba_mixer, takes
@@ -289,7 +290,7 @@ class Mamba(Layer):
         modules = self.x_proj, self.dt_proj, self.out_proj
         if not products(*modules):
             return False
-        return torch.is_autocast_enabled(u.device.type) or all(module.weight.dtype == u.dtype for module in modules)
+        return under_autocast(u) or all(module.weight.dtype == u.dtype for module in modules)
 
     def _step(self, x: Float[Tensor, "B 1 D"], state: MambaState) -> StepResult | None:
         """One token of each row by the kernel for decoding on a CPU; None where that does not run."""

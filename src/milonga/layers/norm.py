@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from milonga.layers.base import KeepFp32, bare
 from milonga.layers.linear import products
 from milonga.layers.recompute import cheap, forgotten
+from milonga.ops.autocast import autocast_dtype
 from milonga.ops.decode_step import Norm
 from milonga.ops.layer_norm import from_rows, layer_norm_and_rows
 from milonga.ops.rms_norm import rms_norm
@@ -18,8 +19,7 @@ NormKind = Literal["rms_norm", "layer_norm"]
 
 def _wanted(x: Tensor) -> torch.dtype:
     """The dtype in which a norm of `x` goes into the next product: that of autocast where it is on, else that of x."""
-    device = x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    return autocast_dtype(x.device.type) or x.dtype
 
 
 class RMSNorm(KeepFp32):

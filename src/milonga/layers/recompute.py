@@ -19,6 +19,8 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
+from milonga.ops.autocast import autocast_dtype, autocast_to
+
 Cheap = Literal["norm", "sum", "gate", "conv", "dt", "rotary", "cast", "scan"]
 CHEAP: tuple[Cheap, ...] = get_args(Cheap)
 
@@ -32,7 +34,7 @@ class _Recipe:
         self.sources = tuple(source.detach() for source in sources)
         self.versions = tuple(source._version for source in sources)
         self.device = value.device.type
-        self.autocast = torch.get_autocast_dtype(self.device) if torch.is_autocast_enabled(self.device) else None
+        self.autocast = autocast_dtype(self.device)
         self.wanted = 0
         self.layout = (value.shape, value.stride(), value.dtype)
 
@@ -44,7 +46,7 @@ class _Recipe:
                     "recompute: a tensor that a result is to be made from again was written in place between the "
                     "forward and the backward pass; do so afterwards, or keep the result (training.recompute)"
                 )
-            with torch.no_grad(), torch.autocast(self.device, self.autocast, enabled=self.autocast is not None):
+            with torch.no_grad(), autocast_to(self.device, self.autocast):
                 self.value = self.make(*self.sources)
             assert (self.value.shape, self.value.stride(), self.value.dtype) == self.layout
         value = self.value

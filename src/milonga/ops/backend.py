@@ -92,12 +92,6 @@ def direct(x: torch.Tensor, backend: str = "cpu") -> bool:
     )
 
 
-def under_autocast(x: torch.Tensor) -> bool:
-    """Whether autocast is on for the device of x. Not every device has one to ask about: `meta` has none."""
-    device = x.device.type
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-
-
 @cache
 def kernels(op: str, backend: str) -> ModuleType:
     """The module with the kernels of `op`. Numba and Triton load here, on first use, and nowhere else."""

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from milonga.ops.backend import INSTALLED, direct, kernels, under_autocast
+from milonga.ops.autocast import under_autocast
+from milonga.ops.backend import INSTALLED, direct, kernels
 from milonga.ops.linear.library import AVAILABLE, linear_op, product
 from milonga.ops.linear.split import split_product
 

@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from milonga.ops.autocast import autocast_dtype
+
 
 class Split(torch.autograd.Function):
     """`(x @ weight^T).split(sizes, -1)`. Each gradient is multiplied where it lies, into one sum.
@@ -49,8 +51,7 @@ class Split(torch.autograd.Function):
 
 def split_product(x: Tensor, weight: Tensor, sizes: Sequence[int]) -> tuple[Tensor, ...]:
     """`x [..., D]`, `weight [F, D]` -> views `[..., size]` of one product, in autocast's dtype where it is on."""
-    device = x.device.type
-    if torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
+    dtype = autocast_dtype(x.device.type)
+    if dtype is not None:
         x, weight = x.to(dtype), weight.to(dtype)
     return Split.apply(x, weight, tuple(sizes))

@@ -4,6 +4,8 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from milonga.ops.autocast import autocast_to
+
 
 def linear_cross_entropy_reference(
     x: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, ignore_index: int, chunk: int
@@ -26,7 +28,7 @@ def _losses(x: Tensor, weight: Tensor, ids: Tensor, bias: Tensor | None, ignore_
     """`-log softmax(x weight^T + bias)[id]` of each row `[R]`, 0 where the id is `ignore_index`."""
     wide = torch.promote_types(x.dtype, torch.float32)
     # Autocast would take the product in half precision; the definition does not change with it.
-    with torch.autocast(x.device.type, enabled=False):
+    with autocast_to(x.device.type, None):
         logits = x.to(wide) @ weight.to(wide).T
         if bias is not None:
             logits = logits + bias.to(wide)

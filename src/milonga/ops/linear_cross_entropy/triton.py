@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from milonga.ops.autocast import autocast_to
 from milonga.ops.gpu.triton_parts import dense
 from milonga.ops.linear_cross_entropy import triton_kernels
 
@@ -58,7 +59,7 @@ def forward(
     width = weight.shape[0]
     lanes, classes = _tile(width)
     # autocast would round the products of fp32
-    with torch.cuda.device_of(x), torch.autocast(x.device.type, enabled=False):
+    with torch.cuda.device_of(x), autocast_to(x.device.type, None):
         for part, _, logits in _chunks(rows, weight.to(_common(x, weight)), chunk):
             triton_kernels.loss_forward[(-(-logits.shape[0] // lanes),)](
                 logits, dense(bias, logits), ids[part], flat_losses[part], flat_totals[part],
@@ -117,7 +118,7 @@ def _slopes(
     width = weight.shape[0]
     lanes, classes = _tile(width)
     buffer = torch.empty(min(chunk, rows.shape[0]), width, dtype=common, device=x.device)
-    with torch.cuda.device_of(x), torch.autocast(x.device.type, enabled=False):
+    with torch.cuda.device_of(x), autocast_to(x.device.type, None):
         for part, values, logits in _chunks(rows, given, chunk):
             slopes = buffer[: logits.shape[0]]
             if losses is not None:

@@ -5,7 +5,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from milonga.ops.backend import KERNEL_DTYPES, choice, under_autocast
+from milonga.ops.autocast import under_autocast
+from milonga.ops.backend import KERNEL_DTYPES, choice
 from milonga.ops.checks import FLOATS, expect, expect_x
 from milonga.ops.mamba_mixer.function import MambaMixer
 from milonga.segments import Segments, sequence_count

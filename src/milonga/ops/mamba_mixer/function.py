@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from milonga.ops.autocast import autocast_to
 from milonga.ops.backend import choice, kernels
 from milonga.ops.projected_scan.function import add_product_, product
 from milonga.segments import Segments
@@ -82,7 +83,7 @@ class MambaMixer(torch.autograd.Function):
                 "mamba_mixer: its gradients cannot be differentiated again; go without create_graph, or keep the "
                 "scan's output (no `scan` in training.recompute)"
             )
-        with torch.autocast(ctx.device, enabled=False):
+        with autocast_to(ctx.device, None):
             return _gradients(ctx, *gradients)
 
 

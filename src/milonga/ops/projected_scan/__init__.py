@@ -5,7 +5,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from milonga.ops.backend import choice, under_autocast
+from milonga.ops.autocast import under_autocast
+from milonga.ops.backend import choice
 from milonga.ops.checks import expect, expect_x, wide
 from milonga.ops.linear import linear
 from milonga.ops.projected_scan.function import ProjectedScan

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from milonga.ops.autocast import autocast_to
 from milonga.ops.backend import direct, kernels
 from milonga.ops.linear import linear
 from milonga.ops.selective_scan.library import selective_scan_backward_op, selective_scan_op
@@ -73,7 +74,7 @@ class ProjectedScan(torch.autograd.Function):
                 "projected_scan: its gradients cannot be differentiated again; go without create_graph, or keep the "
                 "scan's output (no `scan` in training.recompute)"
             )
-        with torch.autocast(ctx.device, enabled=False):
+        with autocast_to(ctx.device, None):
             return _gradients(ctx, *gradients)
 
 

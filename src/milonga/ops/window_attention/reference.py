@@ -5,6 +5,7 @@ import math
 import torch
 from torch import Tensor
 
+from milonga.ops.autocast import autocast_to
 from milonga.segments import Segments
 
 
@@ -30,7 +31,7 @@ def window_attention_reference(
     query_sequence, query_position = _steps(batch, time, position, segments, q.device)
     key_sequence, key_position = query_sequence, query_position
     # Autocast would take the products in half precision; the definition does not change with it.
-    with torch.autocast(q.device.type, enabled=False):
+    with autocast_to(q.device.type, None):
         keys, values = k.to(wide), v.to(wide)
         if past_k is not None and past_v is not None and position is not None:
             ring_sequence, ring_position = _ring(position, past_k.shape[1], packed=segments is not None)
