@@ -108,6 +108,29 @@ def test_one_output_used(used: int) -> None:
         assert relative_rms(got, expected) <= ERROR_BOUND
 
 
+def gradients(run, inputs: dict[str, Tensor]) -> list[Tensor]:
+    leaves = [value.clone().requires_grad_() for value in inputs.values()]
+    y, final = run(*leaves)
+    return list(torch.autograd.grad(y.sum() + final.sum(), leaves))
+
+
+def test_nan_in_the_state_of_an_empty_sequence_reaches_no_other_gradient() -> None:
+    inputs, segments = make(1, 5, 20, 4, 3), Segments([0, 3, 3, 5])
+    inputs["initial"][1, 1] = math.nan
+    options = (tuple(inputs), "silu", segments)
+    for got, expected in zip(gradients(conv(*options), inputs), gradients(reference(*options), inputs), strict=True):
+        assert bool(expected.isfinite().all())
+        assert bool(got.isfinite().all())
+
+
+@pytest.mark.filterwarnings("ignore:(overflow|invalid value):RuntimeWarning")
+def test_no_gradient_from_behind_the_end_of_a_sequence() -> None:
+    """Sums that would overflow there, since the end's rows meet other taps, count for nothing."""
+    inputs = make(1, 4, 20, 4)
+    inputs["x"][0, 3], inputs["weight"][:, 0], inputs["weight"][:, 3] = -1e38, 10.0, 0.1
+    assert all(bool(gradient.isfinite().all()) for gradient in gradients(conv(tuple(inputs)), inputs))
+
+
 def test_chunks_as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
     triton._backward_length.cache_clear()
@@ -117,10 +140,11 @@ def test_chunks_as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_last_wave_of_the_backward_pass_is_full(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
     for batch, time, blocks in ((8, 4096, 24), (1, 4096, 36), (1, 131072, 36), (1, 1, 24)):
-        length = triton._backward_length.__wrapped__(batch, time, batch, False, blocks, 4)
-        assert (length + 3) % triton._AHEAD_BACKWARD == 0
-        waves = slots_of(batch, time, batch, False, length) * blocks / triton._WAVE
-        assert waves < 1 or waves / math.ceil(waves) > 0.95
+        for held, wave in ((True, triton._WAVE), (False, triton._WAVE_UNHELD)):
+            length = triton._backward_length.__wrapped__(batch, time, batch, False, blocks, 4, held)
+            assert (length + 3) % triton._AHEAD_BACKWARD == 0
+            waves = slots_of(batch, time, batch, False, length) * blocks / wave
+            assert waves < 1 or waves / math.ceil(waves) > 0.95
 
 
 def test_any_split_gives_the_same_bits() -> None:

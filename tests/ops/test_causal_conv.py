@@ -219,7 +219,9 @@ def test_operator_is_registered_rightly() -> None:
     from milonga.ops.causal_conv.library import causal_conv_op
 
     inputs = [value.requires_grad_() for value in make(2, 5, 6, 3).values()]
-    torch.library.opcheck(causal_conv_op.overload, (*inputs, None, True), test_utils=("test_schema", "test_faketensor"))
+    torch.library.opcheck(
+        causal_conv_op.definition, (*inputs, None, True), test_utils=("test_schema", "test_faketensor")
+    )
 
 
 BAD = [

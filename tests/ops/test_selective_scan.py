@@ -263,7 +263,7 @@ def test_output_from_the_backward_pass(absent: tuple[str, ...], lengths: tuple[i
     assert all(torch.equal(a, b) for a, b in zip(gradients, others, strict=True))
     for gated in (True, False):
         torch.library.opcheck(
-            selective_scan_backward_op.overload, (*arguments, gated), test_utils=("test_schema", "test_faketensor")
+            selective_scan_backward_op.definition, (*arguments, gated), test_utils=("test_schema", "test_faketensor")
         )
 
 
@@ -283,7 +283,7 @@ def test_operator_is_registered_rightly() -> None:
 
     inputs = [value.requires_grad_() for value in make(2, 5, 6, 3).values()]
     checks = ("test_schema", "test_faketensor")
-    torch.library.opcheck(selective_scan_op.overload, (*inputs, None, True), test_utils=checks)
+    torch.library.opcheck(selective_scan_op.definition, (*inputs, None, True), test_utils=checks)
 
 
 BAD = [

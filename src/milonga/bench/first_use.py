@@ -3,7 +3,7 @@
 A fresh process runs something twice and says how much longer the first time took. It does so with empty caches of
 compiled kernels (cold), then once more with the caches that it filled (warm). No cache of the user's is touched.
 
-PyTorch imports its own compiler with the first step of a process's optimizer, whether anything is compiled or not. For
+PyTorch imports its own compiler when a process makes its first optimizer, whether anything is compiled or not. For
 training that import is done before, and shown by itself; ops and a prefill go without.
 """
 
@@ -38,6 +38,10 @@ CACHES = ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR", "NUMBA_CACHE_DIR")
 _LONGEST = 900.0  # seconds
 _COMPILER = "torch._dynamo"
 _IMPORT = f"import {_COMPILER}, not counted"
+_NOTES = [
+    "processes of their own, with cache folders of their own that are empty at first and removed at the end",
+    f"{_COMPILER} is imported by PyTorch with the first optimizer made, compiled or not: who trains waits for it too",
+]
 
 
 def parse_parts(names: str | None) -> list[str]:
@@ -152,11 +156,7 @@ def bench_first_use(
         figures_of(rows, gpu),
         [_table(rows, f"First use on {gpu or 'the CPU'}: seconds that the first run takes beyond the second")],
         _plots(rows),
-        notes=[
-            "processes of their own, with cache folders of their own that are empty at first and removed at the end",
-            f"{_COMPILER} is imported by PyTorch with the first step of an optimizer, compiled or not; "
-            "who trains waits for that too",
-        ],
+        notes=_NOTES if "train" in parts else _NOTES[:1],
     )
 
 

@@ -73,6 +73,7 @@ class OpRow:
             "spread": timed and timed.spread,
             "repeats": timed and timed.repeats,
             "host_ms": timed and timed.host * 1e3,
+            "queued": timed and timed.queued,
             "first_call_ms": timed and timed.first * 1e3,
             "peak_bytes": timed and timed.peak_bytes,
             "floor_ms": self.floor and self.floor.seconds * 1e3,
@@ -282,6 +283,10 @@ def bench_ops(
         notes += absent(package for op in ops for package in OF_OP[op.name])
     if device.type == "cuda" and ceilings.exps is None:
         notes.append("exponentials could not be counted: Triton is not installed")
+    late = [row for row in rows if isinstance(row.outcome, Timing) and not row.outcome.queued]
+    notes += [
+        f"{row.title}, {row.passes}: the device may have waited for the host while {row.who} was timed" for row in late
+    ]
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
     settings = {
         "ops": [op.name for op in ops],

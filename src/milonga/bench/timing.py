@@ -26,6 +26,8 @@ class Timing:
         first: the very first call, compiling and tuning included.
         host: until the call gave the host back, when nothing had to be waited for (CPU: the same as `median`).
         peak_bytes: device memory that one call took beyond what was held before it; None on a CPU.
+        queued: on a GPU, whether the device began with the call only when all of it was queued, each time; if not, the
+            device may have waited for the host in these times.
     """
 
     median: float
@@ -35,6 +37,7 @@ class Timing:
     first: float
     host: float
     peak_bytes: int | None
+    queued: bool = True
 
 
 @dataclass(frozen=True)
@@ -60,10 +63,12 @@ def seconds(call: Call, device: torch.device) -> float:
 
 
 class _Warm:
-    """A call that ran a few times: what its first run took, and how long one takes."""
+    """A call that ran a few times: what its first run took, how long one takes, and how it is best timed."""
 
     def __init__(self, call: Call, device: torch.device):
         self.call = call
+        self.flushes = 0  # of a GPU's cache before each time; 0 while that is not known
+        self.queued = True
         self.first = seconds(call, device)
         self.peak: int | None = None
         if device.type == "cuda":
@@ -103,8 +108,9 @@ def measure(
     """Time several calls in turns, so that what disturbs one disturbs all.
 
     On a GPU each time lies between two events of the stream, after the cache was overwritten often enough that the host
-    has queued the call before the device begins with it: what counts is the device. Where the device was sooner, the
-    call is timed again behind more of that. On a CPU it is wall time.
+    has queued the call before the device begins with it: what counts is the device. A time for which that was not often
+    enough is taken again after more of it, up to a limit; `Timing.queued` says whether it sufficed. On a CPU it is wall
+    time.
 
     Args:
         calls: by name; what they return is dropped.
@@ -139,7 +145,7 @@ def _summary(times: list[float], one: _Warm, device: torch.device) -> Timing:
     middle = median(times)
     low, _, high = quantiles(times, n=4) if len(times) > 1 else (middle, middle, middle)
     host = one.host if device.type == "cuda" else middle
-    return Timing(middle, min(times), (high - low) / 2 / middle, len(times), one.first, host, one.peak)
+    return Timing(middle, min(times), (high - low) / 2 / middle, len(times), one.first, host, one.peak, one.queued)
 
 
 class _CudaTimer:
@@ -149,32 +155,30 @@ class _CudaTimer:
         self.device = device
         self.waste = torch.empty(_FLUSHED, dtype=torch.uint8, device=device) if flush else None
         self.one_flush = 0.0
-        self.flushes: dict[_Warm, int] = {}
         if self.waste is not None:
             waste = self.waste
             seconds(waste.zero_, device)
             self.one_flush = min(seconds(waste.zero_, device) for _ in range(3))
 
     def __call__(self, one: _Warm) -> float:
-        if self.waste is None:
-            return self._once(one, 0)[0]
-        flushes = self.flushes.get(one, min(_MOST_FLUSHES, 2 + int(one.host / max(self.one_flush, 1e-6))))
-        took, waited = self._once(one, flushes)
-        while waited and flushes < _MOST_FLUSHES:
-            flushes = min(_MOST_FLUSHES, 2 * flushes)
-            took, waited = self._once(one, flushes)
-        self.flushes[one] = flushes
+        most = _MOST_FLUSHES if self.waste is not None else 0
+        one.flushes = min(most, one.flushes or 2 + int(one.host / max(self.one_flush, 1e-6)))
+        took, queued = self._once(one)
+        while not queued and one.flushes < most:
+            one.flushes = min(most, 2 * one.flushes)
+            took, queued = self._once(one)
+        one.queued = one.queued and queued
         return took
 
-    def _once(self, one: _Warm, flushes: int) -> tuple[float, bool]:
-        """-> seconds, and whether the device may have waited for the host in them: it began before all was queued."""
-        for _ in range(flushes):
+    def _once(self, one: _Warm) -> tuple[float, bool]:
+        """-> seconds, and whether all was queued when the device began."""
+        for _ in range(one.flushes):
             self.waste.zero_()  # type: ignore[union-attr]
         began = torch.cuda.Event(enable_timing=True)
         ended = torch.cuda.Event(enable_timing=True)
         began.record()
         one.call()
         ended.record()
-        waited = began.query()
+        queued = not began.query()
         torch.cuda.synchronize(self.device)
-        return began.elapsed_time(ended) / 1e3, waited
+        return began.elapsed_time(ended) / 1e3, queued

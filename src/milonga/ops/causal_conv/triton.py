@@ -14,16 +14,16 @@ _CHANNELS = 128
 _AHEAD, _TURNS = 8, 4
 # The same for the backward pass: between the two numbers of turns, for a chunk leaves W + 1 rows of sums.
 _AHEAD_BACKWARD, _TURNS_BACKWARD, _MOST_TURNS = 4, 4, 128
-# Programs (warps) of the backward pass that an H100 runs at once, 16 on each multiprocessor for want of registers.
-# Fixed, so that results do not depend on the GPU.
-_WAVE = 2112
-# Registers a lane that let so many run, where the compiler takes 168 and more by itself. More taps or numbers of more
-# bytes do not fit.
+# Registers of a lane to which the backward pass is held where it fits into them, that is for at most so many taps and
+# bytes a number; left alone the compiler takes 168 and more.
 _REGISTERS, _MOST_TAPS, _MOST_BYTES = 128, 4, 2
+# Programs (warps) of it that the 132 multiprocessors of an H100 run at once: 16 each with so many registers, else 12.
+# Fixed, so that results do not depend on the GPU.
+_WAVE, _WAVE_UNHELD = 2112, 1584
 
 
 @lru_cache(maxsize=256)
-def _backward_length(batch: int, time: int, sequences: int, packed: bool, blocks: int, taps: int) -> int:
+def _backward_length(batch: int, time: int, sequences: int, packed: bool, blocks: int, taps: int, held: bool) -> int:
     """Steps of a chunk of the backward pass: with the W - 1 beyond it whole turns, and few waves of programs."""
 
     def length(turns: int) -> int:
@@ -31,7 +31,7 @@ def _backward_length(batch: int, time: int, sequences: int, packed: bool, blocks
 
     def cost(turns: int) -> int:
         programs = slots_of(batch, time, sequences, packed, length(turns)) * blocks
-        return -(-programs // _WAVE) * (turns + 1)
+        return -(-programs // (_WAVE if held else _WAVE_UNHELD)) * (turns + 1)
 
     return length(min(range(_TURNS_BACKWARD, _MOST_TURNS + 1), key=cost))
 
@@ -44,6 +44,7 @@ class _Plan:
         self.taps = weight.shape[1]
         self.packed = offsets is not None
         self.sequences = self.batch if offsets is None else offsets.numel() - 1
+        self.held = self.taps <= _MOST_TAPS and x.element_size() <= _MOST_BYTES
         self.block = min(_CHANNELS, power_of_two(max(self.width, 32)))
         self.blocks = -(-self.width // self.block)
 
@@ -51,7 +52,8 @@ class _Plan:
         return slots_of(self.batch, self.time, self.sequences, self.packed, length)
 
     def backward_length(self) -> int:
-        return _backward_length(self.batch, self.time, self.sequences, self.packed, self.blocks, self.taps)
+        shape = (self.batch, self.time, self.sequences, self.packed, self.blocks, self.taps)
+        return _backward_length(*shape, self.held)
 
     def constants(self, bias: Tensor | None, initial: Tensor | None, silu: bool) -> dict[str, int | bool]:
         return {
@@ -114,13 +116,12 @@ def backward(
     before = x if initial is None else initial.contiguous()
     after = x if grad_final is None else grad_final.contiguous()
     bounds = x if offsets is None else offsets
-    fits = plan.taps <= _MOST_TAPS and x.element_size() <= _MOST_BYTES
     with torch.cuda.device_of(x):
         triton_kernels.conv_backward[(slots * plan.blocks,)](
             upstream, after, x, weight, dense(bias, weight), before, bounds, grad_x, partial, grad_initial,
             plan.time, plan.width, plan.sequences, length, g_step, x_step, grad_x.stride(1),
-            K=_AHEAD_BACKWARD, Y=grad_y is not None, FINAL=grad_final is not None, maxnreg=_REGISTERS if fits else None,
-            **plan.constants(bias, initial, silu),
+            K=_AHEAD_BACKWARD, Y=grad_y is not None, FINAL=grad_final is not None,
+            maxnreg=_REGISTERS if plan.held else None, **plan.constants(bias, initial, silu),
         )  # fmt: skip
         triton_kernels.conv_sums[(-(-plan.width // 32), plan.taps + 1)](
             partial, grad_weight, grad_bias, slots, plan.width, W=plan.taps, CH=32, ROWS=32, BIAS=bias is not None,

@@ -128,7 +128,6 @@ def conv_backward(
 
     The walk goes W - 1 rows beyond the chunk: at step t the slope of row t is known (the gradient of the sum before
     the activation), and with it the gradient of row t - (W - 1), of which the first W - 1 are those of `initial`.
-    Behind a sequence's end the upstream gradients are read as zeros, and so are the slopes.
     """
     blocks = tl.cdiv(E, CH)
     slot = tl.program_id(0) // blocks
@@ -170,6 +169,7 @@ def conv_backward(
                 out = weighted(columns, value, taps, shift, W)
                 s = sigmoid(out)
                 slope = slope * s * tl.fma(out, 1.0 - s, 1.0)
+                slope = tl.where(t < known, slope, 0.0)  # not 0 times what is not finite
             own = tl.where(t < steps, slope, 0.0)
             grown = ()
             for i in tl.static_range(W - 1):
@@ -195,7 +195,8 @@ def conv_backward(
         upstream = coming_g
     partial += slot.to(tl.int64) * (W + 1) * E + e
     for i in tl.static_range(W + 1):
-        tl.store(partial + i * E, sums[i], mask=live)
+        # a sequence without rows adds nothing, not 0 times what its initial state holds
+        tl.store(partial + i * E, tl.where(steps > 0, sums[i], 0.0), mask=live)
 
 
 @triton.jit(do_not_specialize=["slots"])
