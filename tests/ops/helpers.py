@@ -11,7 +11,7 @@ from milonga.segments import Segments
 
 def relative_rms(value: Tensor, reference: Tensor) -> float:
     """Root mean square of the difference over that of the reference (0 where both are empty or zero)."""
-    reference = reference.double()
+    value, reference = value.detach(), reference.detach().double()
     difference = (value.double() - reference).square().mean() if reference.numel() else torch.zeros(())
     size = reference.square().mean() if reference.numel() else torch.zeros(())
     if float(difference) == 0.0:

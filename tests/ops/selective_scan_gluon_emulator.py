@@ -73,6 +73,8 @@ class Shared:
     def _reinterpret(self, dtype: torch.dtype, shape: list[int], layout) -> "Shared":
         return Shared(self.memory.view(shape))
 
+    reinterpret = _reinterpret
+
 
 def load(pointer: Pointer, mask=None, other=0) -> Tensor:
     shape = (
@@ -138,9 +140,8 @@ def _mma(left: Tensor, right: Tensor, total: Tensor, input_precision: str) -> Te
     return total + left @ right
 
 
-# Copies past the registers, done at once.
+# Copies past the registers are done at once.
 ASYNC_COPY = types.SimpleNamespace(
-    async_copy_global_to_shared=lambda shared, pointer, mask: shared.store(load(pointer, mask)),
     commit_group=lambda: None,
     wait_group=lambda outstanding: None,
 )
@@ -161,6 +162,7 @@ def _plain(function: GluonJITFunction, gl: types.SimpleNamespace, done: dict) ->
     scope["gl"] = gl
     scope["mma_v2"] = _mma
     scope["async_copy"] = ASYNC_COPY
+    scope["load_to_shared"] = lambda shared, pointer, mask: shared.store(load(pointer, mask))
     return result
 
 

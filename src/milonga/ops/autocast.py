@@ -1,14 +1,18 @@
-"""What autocast says on a device; `meta`, for one, has none to ask."""
+"""What autocast says on a device. `meta` has none to ask, and PyTorch's own question whether a device has one cannot be
+compiled everywhere.
+"""
 
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
 
+_WITHOUT = "meta"
+
 
 def autocast_dtype(device: str) -> torch.dtype | None:
     """The dtype of products under autocast on a kind of device; None where it is off."""
-    on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    on = device != _WITHOUT and torch.is_autocast_enabled(device)
     return torch.get_autocast_dtype(device) if on else None
 
 
@@ -19,6 +23,4 @@ def under_autocast(x: Tensor) -> bool:
 
 def autocast_to(device: str, dtype: torch.dtype | None) -> AbstractContextManager[object]:
     """Autocast to a dtype; switched off for None."""
-    if not torch.amp.is_autocast_available(device):
-        return nullcontext()
-    return torch.autocast(device, dtype, enabled=dtype is not None)
+    return nullcontext() if device == _WITHOUT else torch.autocast(device, dtype, enabled=dtype is not None)

@@ -10,6 +10,8 @@ from torch import Tensor
 from milonga.ops.cpu_arrays import row_stride
 
 LOG2_E = tl.constexpr(1.4426950408889634)
+# Whether this Triton's Gluon has what the kernels in it need; without, their twins in Triton run.
+GLUON = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 6)
 
 
 @overload

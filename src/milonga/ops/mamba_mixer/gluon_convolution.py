@@ -11,6 +11,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 
+from milonga.ops.gpu.gluon_parts import load_to_shared, reinterpreted
 from milonga.ops.selective_scan.gluon_common import sigmoid, wide
 
 CHANNELS = gl.constexpr(128)
@@ -74,7 +75,7 @@ def copy_narrow_rows(lefts, pointer, row, end, column, F: gl.constexpr, BLOCKS: 
     """`[64, 32]` of each block of the narrow gradient, on their way to shared memory; zeros from row `end` on."""
     for j in gl.static_range(BLOCKS):
         inside = (row < end)[:, None] & (column + j * DEPTH < F)[None, :]
-        async_copy.async_copy_global_to_shared(lefts[j], pointer + (column + j * DEPTH)[None, :], mask=inside)
+        load_to_shared(lefts[j], pointer + (column + j * DEPTH)[None, :], inside)
     async_copy.commit_group()
 
 
@@ -131,7 +132,7 @@ def conv_backward(
     for _ in gl.static_range(BLOCKS):
         lefts = lefts + (gl.allocate_shared_memory(into.dtype.element_ty, [ROWS, DEPTH], NARROW_SHARED),)
     products = gl.allocate_shared_memory(gl.float32, [ROWS, CHANNELS], PRODUCTS)
-    turns = products._reinterpret(gl.float32, [WARPS, TURN, CHANNELS], TURNS_OF_PRODUCTS)
+    turns = reinterpreted(products, gl.float32, [WARPS, TURN, CHANNELS], TURNS_OF_PRODUCTS)
 
     copy_narrow_rows(lefts, narrow_at, r, narrow_known, column, F, BLOCKS)
     values = rows_of(x_at, x_step, 0, known)

@@ -7,8 +7,10 @@ from torch import Tensor
 
 from milonga.ops.causal_conv import triton_kernels
 from milonga.ops.cpu_arrays import row_stride
-from milonga.ops.gpu.triton_parts import rows
-from milonga.ops.mamba_mixer import gluon_convolution
+from milonga.ops.gpu.triton_parts import GLUON, rows
+
+if GLUON:
+    from milonga.ops.mamba_mixer import gluon_convolution
 
 CHANNELS, WARPS, TURN, TAPS, DEPTH = 128, 4, 16, 4, 32
 # Warps that an H100 runs at once, 12 on each multiprocessor. Fixed, so that results do not depend on the GPU.
@@ -31,7 +33,8 @@ def suits(grad_u: Tensor, narrow: Tensor, taps: int) -> bool:
     shape = grad_u.shape[-1] % CHANNELS == 0 and narrow.shape[-1] <= WIDEST and narrow.shape[-1] % 8 == 0
     # rows of the narrow gradient are copied to shared memory 16 bytes at a time
     shape = shape and narrow.stride(0) % 8 == 0 and narrow.data_ptr() % 16 == 0
-    return grad_u.is_cuda and shape and taps == TAPS and grad_u.element_size() == 2 and _capable(grad_u.device.index)
+    shape = GLUON and shape and taps == TAPS and grad_u.element_size() == 2
+    return grad_u.is_cuda and shape and _capable(grad_u.device.index)
 
 
 @lru_cache(maxsize=256)

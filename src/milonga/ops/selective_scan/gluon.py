@@ -6,9 +6,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from milonga.ops.gpu.triton_parts import dense, rows
-from milonga.ops.selective_scan import gluon_backward, gluon_forward, triton_sums
+from milonga.ops.gpu.triton_parts import GLUON, dense, rows
+from milonga.ops.selective_scan import triton_sums
 from milonga.ops.selective_scan.checkpoints import CHUNK, checkpoint_shape
+
+if GLUON:
+    from milonga.ops.selective_scan import gluon_backward, gluon_forward
 
 STATES, CHANNELS, HALF = 16, 64, 32
 # Programs for which an H100 has room at a time by registers, three a multiprocessor. Fixed, so that results do not
@@ -44,7 +47,7 @@ def _capable(device: int) -> bool:
 
 def suits(x: Tensor, A: Tensor) -> bool:
     """Whether these kernels take it: 16 states a channel, an Ampere or later data-centre GPU."""
-    return x.is_cuda and A.shape[1] == STATES and x.shape[2] > 0 and _capable(x.device.index)
+    return GLUON and x.is_cuda and A.shape[1] == STATES and x.shape[2] > 0 and _capable(x.device.index)
 
 
 def _pieces(parallel: int, first: float) -> int:

@@ -21,6 +21,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 
+from milonga.ops.gpu.gluon_parts import reinterpreted
 from milonga.ops.selective_scan.gluon_common import (
     CHANNELS,
     LN_2,
@@ -66,7 +67,8 @@ STARTS_LAYOUT = gl.constexpr(gl.SwizzledSharedLayout(4, 2, 4, [1, 0]))
 @gluon.jit
 def turns_of(rows):
     """Shared `[32, W]` as eight turns of four steps."""
-    return rows._reinterpret(rows.dtype, [TURNS, TURN, rows.shape[1]], PLAIN)
+    WIDTH: gl.constexpr = rows.shape[1]
+    return reinterpreted(rows, rows.dtype, [TURNS, TURN, WIDTH], PLAIN)
 
 
 @gluon.jit
@@ -323,11 +325,11 @@ def scan_backward(
     row_bias.store(bias[None, :])
     row_weight.store(weight[None, :])
     starts = gl.allocate_shared_memory(gl.float32, [2, 4 * CHANNELS, STATES], STARTS_LAYOUT)
-    turns_h = starts._reinterpret(gl.float32, [TURNS, CHANNELS, STATES], STARTS_LAYOUT)
+    turns_h = reinterpreted(starts, gl.float32, [TURNS, CHANNELS, STATES], STARTS_LAYOUT)
     sums_BC = gl.allocate_shared_memory(gl.float32, [64, 32], PARTIAL_ROWS)
     # du and the sum of A q of a turn, in the place of the state before it, which is dead when it is done
-    slots = starts._reinterpret(gl.float32, [TURNS, 4, TURN, CHANNELS], SLOTS)
-    turns_uq = starts._reinterpret(gl.float32, [TURNS * 2, 2 * TURN, CHANNELS], PLAIN)
+    slots = reinterpreted(starts, gl.float32, [TURNS, 4, TURN, CHANNELS], SLOTS)
+    turns_uq = reinterpreted(starts, gl.float32, [TURNS * 2, 2 * TURN, CHANNELS], PLAIN)
     turns_d = turns_of(rows_d)
     turns_x = turns_of(rows_x)
     turns_g = turns_of(rows_g)

@@ -15,6 +15,8 @@ Offsets of rows are int64; those within a tile int32.
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
+from milonga.ops.gpu.gluon_parts import reinterpreted
+
 STATES = gl.constexpr(16)
 CHANNELS = gl.constexpr(64)
 TILE = gl.constexpr(32)
@@ -185,7 +187,8 @@ def ahead(pointer, mask):
 @gluon.jit
 def parts_of(rows):
     """Shared `[32, W]` as two parts of 16 steps."""
-    return rows._reinterpret(gl.float32, [PARTS_OF_TILE, PART, rows.shape[1]], PLAIN)
+    WIDTH: gl.constexpr = rows.shape[1]
+    return reinterpreted(rows, gl.float32, [PARTS_OF_TILE, PART, WIDTH], PLAIN)
 
 
 @gluon.jit
