@@ -70,10 +70,8 @@ def _a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     dependent = {"PDL": True, "launch_pdl": True} if TARGET >= 90 else {"PDL": False}
     monkeypatch.setattr(decode_step, "_pdl", lambda x: dependent)
     monkeypatch.setattr(mamba_piece, "_pdl", lambda x: dependent)
-    monkeypatch.setattr(window_attention, "_described", described if TARGET >= 90 else lambda *_: None)
-
-
-described = window_attention._described
+    if TARGET < 90:  # no tensor descriptors
+        monkeypatch.setattr(window_attention, "_described", lambda *_: None)
 
 
 def like(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:

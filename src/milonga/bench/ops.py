@@ -283,10 +283,7 @@ def bench_ops(
         notes += absent(package for op in ops for package in OF_OP[op.name])
     if device.type == "cuda" and ceilings.exps is None:
         notes.append("exponentials could not be counted: Triton is not installed")
-    late = [row for row in rows if isinstance(row.outcome, Timing) and not row.outcome.queued]
-    notes += [
-        f"{row.title}, {row.passes}: the device may have waited for the host while {row.who} was timed" for row in late
-    ]
+    notes += _waited(rows)
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
     settings = {
         "ops": [op.name for op in ops],
@@ -305,6 +302,15 @@ def bench_ops(
         ceilings.to_json(),
         list(dict.fromkeys(notes)),
     )
+
+
+def _waited(rows: Sequence[OpRow]) -> list[str]:
+    """What to say of times that may hold the host's part."""
+    return [
+        f"{row.title}, {row.passes}: the device may have waited for the host while {row.who} was timed"
+        for row in rows
+        if isinstance(row.outcome, Timing) and not row.outcome.queued
+    ]
 
 
 def _with_floors(rows: list[OpRow], ceilings: Ceilings, dtype: torch.dtype) -> list[OpRow]:

@@ -172,8 +172,9 @@ class _CudaTimer:
 
     def _once(self, one: _Warm) -> tuple[float, bool]:
         """-> seconds, and whether all was queued when the device began."""
-        for _ in range(one.flushes):
-            self.waste.zero_()  # type: ignore[union-attr]
+        if self.waste is not None:
+            for _ in range(one.flushes):
+                self.waste.zero_()
         began = torch.cuda.Event(enable_timing=True)
         ended = torch.cuda.Event(enable_timing=True)
         began.record()

@@ -15,7 +15,7 @@ from milonga.inference.captured import RUN, Decoder
 from milonga.inference.device_sampling import device_mode
 from milonga.inference.generation import StopFinder
 from milonga.inference.marks import Mark
-from milonga.inference.sampling import Sampler, Sampling, Uniforms, whole_number
+from milonga.inference.sampling import Sampler, Sampling, Uniforms, number_from_zero
 from milonga.inference.session import Session, piece_length
 from milonga.models.network import Network
 from milonga.segments import Segments
@@ -138,9 +138,7 @@ class Batch:
                 read.
             ValueError: if the session is of another model.
         """
-        n = None if n is None else whole_number(n, "the number of tokens", "batch")
-        if n is not None and n < 0:
-            raise UserError(f"batch: the number of tokens must be 0 or more, got {n}")
+        n = None if n is None else number_from_zero(n, "the number of tokens", "batch")
         ids = np.empty(0, np.int64)
         if isinstance(text, Session):
             place = text.mark()

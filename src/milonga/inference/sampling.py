@@ -148,6 +148,18 @@ def whole_number(value: object, name: str, of: str = "generate") -> int:
     raise UserError(f"{of}: {name} must be a whole number, got {value!r}")
 
 
+def number_from_zero(value: object, name: str, of: str = "generate") -> int:
+    """A `whole_number`, 0 or more.
+
+    Raises:
+        UserError: if it is none, or below 0.
+    """
+    number = whole_number(value, name, of)
+    if number < 0:
+        raise UserError(f"{of}: {name} must be 0 or more, got {number}")
+    return number
+
+
 def real_number(value: object, name: str) -> float:
     """A number of any type as Python's.
 

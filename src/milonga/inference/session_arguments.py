@@ -6,7 +6,7 @@ from milonga.data.text import TextCodec
 from milonga.errors import UserError
 from milonga.inference.constraints import Constraint
 from milonga.inference.marks import Mark
-from milonga.inference.sampling import Sampler, Sampling, whole_number
+from milonga.inference.sampling import Sampler, Sampling, number_from_zero
 
 Stops = str | bytes | Sequence[str | bytes]
 
@@ -53,10 +53,7 @@ def tokens_asked(n: int) -> int:
     Raises:
         UserError: if it is no whole number, or below 0.
     """
-    count = whole_number(n, "the number of bytes")
-    if count < 0:
-        raise UserError(f"generate: the number of bytes must be 0 or more, got {count}")
-    return count
+    return number_from_zero(n, "the number of bytes")
 
 
 def alternatives(count: int | None) -> int | None:
@@ -65,12 +62,7 @@ def alternatives(count: int | None) -> int | None:
     Raises:
         UserError: if it is no whole number, or below 0.
     """
-    if count is None:
-        return None
-    kept = whole_number(count, "logprobs")
-    if kept < 0:
-        raise UserError(f"generate: logprobs must be 0 or more, got {kept}")
-    return kept
+    return None if count is None else number_from_zero(count, "logprobs")
 
 
 def sampler_at(here: Mark, codec: TextCodec, sampling: Sampling, n: int | None = None) -> Sampler:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from milonga.layers.base import bare
 from milonga.layers.recompute import cheap
+from milonga.ops.autocast import autocast_dtype
 from milonga.ops.linear import linear, linear_split, quantize
 
 Storage = Literal["bf16", "int8"]
@@ -36,9 +37,9 @@ class Linear(nn.Linear):
 
     def taken(self, input: Tensor) -> Tensor:
         """The weight as the product takes it: under autocast on a GPU a copy in its dtype, cheap to make again."""
-        if not input.is_cuda or not torch.is_autocast_enabled("cuda"):
+        dtype = autocast_dtype("cuda") if input.is_cuda else None
+        if dtype is None:
             return self.weight
-        dtype = torch.get_autocast_dtype("cuda")
         return cheap("cast", self.weight.to(dtype), partial(torch.Tensor.to, dtype=dtype), self.weight)
 
 

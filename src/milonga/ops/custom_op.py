@@ -3,7 +3,7 @@
 `torch.library.custom_op` defines them: schema from annotations, shapes for compilers, derivative. Only the kernels are
 registered by name, since `CustomOpDef.register_kernel` wraps them in what imports `torch._dynamo` when it first runs,
 0.9 seconds and more in every process, for programs that compile nothing as well. What that wrapper checks besides, that
-no result is an input, tests check with `torch.library.opcheck`.
+no result lies in the memory of an input, the tests check of every operator.
 """
 
 import sys

@@ -1,5 +1,6 @@
 """Parts of Triton paths: views of rows, chunks of time of one sequence, a sigmoid, sums over programs."""
 
+from functools import cache
 from typing import overload
 
 import torch
@@ -12,6 +13,19 @@ from milonga.ops.cpu_arrays import row_stride
 LOG2_E = tl.constexpr(1.4426950408889634)
 # Whether this Triton's Gluon has what the kernels in it need; without, their twins in Triton run.
 GLUON = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 6)
+
+
+@cache
+def _capable(device: int) -> bool:
+    """Matrix units for bfloat16 and tf32, and shared memory for two programs."""
+    return torch.cuda.get_device_capability(device) >= (8, 0) and (
+        torch.cuda.get_device_properties(device).shared_memory_per_multiprocessor >= 150 * 2**10
+    )
+
+
+def runs_gluon(x: Tensor) -> bool:
+    """Whether the kernels in Gluon run where x is: on an Ampere or later data-centre GPU."""
+    return GLUON and x.is_cuda and _capable(x.device.index)
 
 
 @overload

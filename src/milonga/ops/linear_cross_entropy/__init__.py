@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from milonga.ops.autocast import autocast_dtype
 from milonga.ops.backend import choice
 from milonga.ops.checks import FLOATS, expect, expect_rows
 from milonga.ops.linear_cross_entropy.library import linear_cross_entropy_op
@@ -62,8 +63,8 @@ def linear_cross_entropy(
     chosen = choice("linear_cross_entropy", backend, x.device.type, x.dtype)
     if chosen == "reference":
         return linear_cross_entropy_reference(x, weight, targets, bias, ignore_index, chunk)
-    if chosen == "triton" and torch.is_autocast_enabled("cuda"):
-        half = torch.get_autocast_dtype("cuda")
+    half = autocast_dtype("cuda")
+    if chosen == "triton" and half is not None:
         x, weight = x.to(half), weight.to(half)
     # fp16 would overflow before it is scaled; a compiler joins passes as it likes and hands over a whole gradient
     sloped = chosen == "triton" and x.dtype != torch.float16 and not torch.compiler.is_compiling()

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from milonga.ops.autocast import under_autocast
+from milonga.ops.autocast import autocast_dtype
 from milonga.ops.backend import KERNEL_DTYPES, choice
 from milonga.ops.checks import FLOATS, expect, expect_x
 from milonga.ops.mamba_mixer.function import MambaMixer
@@ -38,8 +38,7 @@ def takes(x: Tensor) -> bool:
 
 def product_dtype(x: Tensor) -> torch.dtype:
     """The dtype of the products with x: that of autocast where it is on, but for float64."""
-    autocast = under_autocast(x) and x.dtype != torch.float64
-    return torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
+    return x.dtype if x.dtype == torch.float64 else autocast_dtype(x.device.type) or x.dtype
 
 
 def mamba_mixer(

@@ -1,13 +1,13 @@
 """`mamba_mixer` on a GPU: where its own kernel applies, and launches."""
 
-from functools import cache, lru_cache
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from milonga.ops.causal_conv import triton_kernels
 from milonga.ops.cpu_arrays import row_stride
-from milonga.ops.gpu.triton_parts import GLUON, rows
+from milonga.ops.gpu.triton_parts import GLUON, rows, runs_gluon
 
 if GLUON:
     from milonga.ops.mamba_mixer import gluon_convolution
@@ -20,21 +20,12 @@ _REGISTERS = 168
 WIDEST = 128
 
 
-@cache
-def _capable(device: int) -> bool:
-    """Matrix units for bfloat16, and shared memory for two programs."""
-    return torch.cuda.get_device_capability(device) >= (8, 0) and (
-        torch.cuda.get_device_properties(device).shared_memory_per_multiprocessor >= 150 * 2**10
-    )
-
-
 def suits(grad_u: Tensor, narrow: Tensor, taps: int) -> bool:
     """Whether `conv_backward` takes the gradients of u `[B T E]` and of the narrow product `[R F]`."""
     shape = grad_u.shape[-1] % CHANNELS == 0 and narrow.shape[-1] <= WIDEST and narrow.shape[-1] % 8 == 0
     # rows of the narrow gradient are copied to shared memory 16 bytes at a time
     shape = shape and narrow.stride(0) % 8 == 0 and narrow.data_ptr() % 16 == 0
-    shape = GLUON and shape and taps == TAPS and grad_u.element_size() == 2
-    return grad_u.is_cuda and shape and _capable(grad_u.device.index)
+    return shape and taps == TAPS and grad_u.element_size() == 2 and runs_gluon(grad_u)
 
 
 @lru_cache(maxsize=256)

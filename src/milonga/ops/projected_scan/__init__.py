@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from milonga.ops.autocast import under_autocast
+from milonga.ops.autocast import autocast_dtype
 from milonga.ops.backend import choice
 from milonga.ops.checks import expect, expect_x, wide
 from milonga.ops.linear import linear
@@ -83,8 +83,8 @@ def projected_scan(
     section 3.3.2, where what is not worth keeping is made again in the backward pass.
     """
     device = u.device.type
-    if under_autocast(u) and u.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(device)
+    dtype = autocast_dtype(device)
+    if dtype is not None and u.dtype != torch.float64:
         u, z, x_weight, dt_weight, out_weight = (t.to(dtype) for t in (u, z, x_weight, dt_weight, out_weight))
     _check(u, z, x_weight, dt_weight, A, out_weight, D, dt_bias, initial, segments)
     backend = choice("selective_scan", backend, device, u.dtype)

@@ -1,12 +1,11 @@
 """`selective_scan` in Gluon: where it applies, the choice of chunks, launches, and sums in a fixed order."""
 
-from functools import cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from milonga.ops.gpu.triton_parts import GLUON, dense, rows
+from milonga.ops.gpu.triton_parts import GLUON, dense, rows, runs_gluon
 from milonga.ops.selective_scan import triton_sums
 from milonga.ops.selective_scan.checkpoints import CHUNK, checkpoint_shape
 
@@ -37,17 +36,9 @@ _SUMMED = 16
 _REGISTERS, _REGISTERS_FIRST = 168, 128
 
 
-@cache
-def _capable(device: int) -> bool:
-    """Tensor cores with tf32 and enough shared memory for two programs."""
-    return torch.cuda.get_device_capability(device) >= (8, 0) and (
-        torch.cuda.get_device_properties(device).shared_memory_per_multiprocessor >= 150 * 2**10
-    )
-
-
 def suits(x: Tensor, A: Tensor) -> bool:
     """Whether these kernels take it: 16 states a channel, an Ampere or later data-centre GPU."""
-    return GLUON and x.is_cuda and A.shape[1] == STATES and x.shape[2] > 0 and _capable(x.device.index)
+    return A.shape[1] == STATES and x.shape[2] > 0 and runs_gluon(x)
 
 
 def _pieces(parallel: int, first: float) -> int:
